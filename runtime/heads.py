@@ -1,0 +1,119 @@
+"""From the network's raw heads to boxes: the first implementation of the specification's 'Heads'.
+
+Shapes: B images, na anchors a cell, h x w cells, nc classes, N = sum of na * h * w over the levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from parkdet.runtime.geometry import FloatArray
+from parkdet.runtime.model_spec import ModelSpec
+
+RawHead = NDArray[np.floating[Any]]
+"""One level's raw output, (B, na, h, w, 5 + nc): x, y, w, h, objectness, classes before the sigmoid."""
+
+
+def sigmoid(raw: NDArray[np.floating[Any]]) -> FloatArray:
+    """1 / (1 + exp(-raw)) in float32, without overflow at either end."""
+    values = np.asarray(raw, np.float32)
+    # exp of a large positive number is infinity and 1 / infinity is the right 0; nothing to warn of.
+    with np.errstate(over="ignore"):
+        return np.asarray(1 / (1 + np.exp(-values)), np.float32)
+
+
+def check_heads(heads: Sequence[RawHead], spec: ModelSpec) -> None:
+    """ValueError unless there is one head a level, each (B, na, h, w, 5 + nc) with the same B."""
+    if len(heads) != len(spec.strides):
+        raise ValueError(f"{len(heads)} heads do not go with the {len(spec.strides)} levels of the model spec")
+    for level, head in enumerate(heads):
+        expected = (heads[0].shape[0], spec.anchors_per_cell, spec.num_outputs)
+        if head.ndim != 5 or (head.shape[0], head.shape[1], head.shape[4]) != expected:
+            raise ValueError(f"head {level} is {head.shape}, not ({expected[0]}, {expected[1]}, h, w, {expected[2]})")
+
+
+def decode_heads(heads: Sequence[RawHead], spec: ModelSpec) -> FloatArray:
+    """Decode raw heads to (B, N, 5 + nc) float32: cx, cy, w, h in canvas pixels, objectness, class scores.
+
+    The order is level, anchor, row, column. ValueError where the heads do not fit the spec.
+    Source: the YOLOv5 v6 Detect layer; the formulas stand in the project's specification.
+    """
+    arrays = [np.asarray(head) for head in heads]
+    check_heads(arrays, spec)
+    decoded = []
+    for level, head in enumerate(arrays):
+        batch, anchors, rows, columns, channels = head.shape
+        values = sigmoid(head)
+        index = np.arange(anchors * rows * columns)
+        flat = values.reshape(batch, -1, channels)
+        _decode_boxes(flat, index, _Level.of(spec, level, (rows, columns)))
+        decoded.append(flat)
+    return np.concatenate(decoded, axis=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """Anchors of one image whose objectness passes, in decoded order."""
+
+    decoded: FloatArray
+    """(K, 5 + nc): rows of what `decode_heads` gives."""
+    anchor_index: NDArray[np.int64]
+    """(K,): the row of each in the full decoded array."""
+
+
+def decode_candidates(heads: Sequence[RawHead], spec: ModelSpec, conf: float) -> list[Candidates]:
+    """Only the anchors with objectness > conf, an image each: the same numbers as `decode_heads`, far fewer.
+
+    ValueError where the heads do not fit the spec.
+    """
+    arrays = [np.asarray(head) for head in heads]
+    check_heads(arrays, spec)
+    batch = arrays[0].shape[0]
+    parts: list[list[Candidates]] = [[] for _ in range(batch)]
+    first = 0
+    for level, head in enumerate(arrays):
+        _, anchors, rows, columns, channels = head.shape
+        geometry = _Level.of(spec, level, (rows, columns))
+        flat = head.reshape(batch, -1, channels)
+        for image in range(batch):
+            index = np.flatnonzero(sigmoid(flat[image, :, 4]) > np.float32(conf))
+            values = sigmoid(flat[image, index])
+            _decode_boxes(values, index, geometry)
+            parts[image].append(Candidates(values, index + first))
+        first += anchors * rows * columns
+    return [
+        Candidates(
+            np.concatenate([part.decoded for part in of_image]),
+            np.concatenate([part.anchor_index for part in of_image]),
+        )
+        for of_image in parts
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Level:
+    grid_hw: tuple[int, int]
+    stride: int
+    anchors_wh: FloatArray
+
+    @classmethod
+    def of(cls, spec: ModelSpec, level: int, grid_hw: tuple[int, int]) -> _Level:
+        return cls(grid_hw, spec.strides[level], np.array(spec.anchors[level], np.float32))
+
+
+def _decode_boxes(values: FloatArray, index: NDArray[np.int64], level: _Level) -> None:
+    """Turn the first four of (..., K, 5 + nc) sigmoids into boxes in place.
+
+    `index` (K,) counts anchor, row, column within the level.
+    """
+    rows, columns = level.grid_hw
+    anchor, cell = np.divmod(index, rows * columns)
+    row, column = np.divmod(cell, columns)
+    grid = np.stack((column, row), axis=-1).astype(np.float32)
+    values[..., 0:2] = (values[..., 0:2] * 2 - 0.5 + grid) * np.float32(level.stride)
+    values[..., 2:4] = (values[..., 2:4] * 2) ** 2 * level.anchors_wh[anchor]

@@ -1,0 +1,126 @@
+"""Candidates and greedy non-maximum suppression: the first implementation of the specification's 'NMS'."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from parkdet.runtime.detections import Detections
+from parkdet.runtime.geometry import FloatArray, cxcywh_to_xyxy
+from parkdet.runtime.heads import Candidates
+
+MAX_CANDIDATES = 30_000
+"""Candidates of one image that enter the greedy pass, best first."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NmsSettings:
+    """How candidates are chosen and suppressed. The defaults are the contest's."""
+
+    conf: float = 0.01
+    """A candidate's objectness, and its score, must be larger."""
+    iou: float = 0.7
+    """A box goes when its IoU with a kept one is larger."""
+    max_det: int = 50
+    """Detections kept an image."""
+    multi_label: bool = True
+    """One candidate for every class that passes, or for the best class only."""
+    agnostic: bool = False
+    """Whether boxes of different classes suppress one another."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.conf <= 1 or not 0 <= self.iou <= 1:
+            raise ValueError(f"conf and iou must be from 0 to 1, not {self.conf} and {self.iou}")
+        if self.max_det < 1:
+            raise ValueError(f"max_det must be at least 1, not {self.max_det}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NmsCounts:
+    """What the caps did to one image."""
+
+    candidates: int
+    over_limit: int
+    """Candidates beyond the best MAX_CANDIDATES, never looked at."""
+    at_max_det: bool
+    """Whether the greedy pass stopped at `max_det` with candidates left."""
+
+
+def non_max_suppression(
+    decoded: FloatArray,
+    conf: float = 0.01,
+    iou: float = 0.7,
+    max_det: int = 50,
+    multi_label: bool = True,
+    agnostic: bool = False,
+) -> Detections:
+    """Detections in canvas pixels from one image's decoded heads (N, 5 + nc) as `decode_heads` gives them.
+
+    Candidates have objectness > conf and objectness * class score > conf; the best 30,000 by score (ties by
+    `anchor * nc + class`) are kept greedily; one goes when its IoU with a kept one of its class (of any class
+    when `agnostic`) is > iou. What is not finite is never a candidate. There is no time limit.
+    """
+    rows = np.asarray(decoded, np.float32)
+    if rows.ndim != 2 or rows.shape[1] < 6:
+        raise ValueError(f"one image's decoded heads are (N, 5 + nc), not {rows.shape}")
+    index = np.flatnonzero(rows[:, 4] > np.float32(conf))
+    settings = NmsSettings(conf=conf, iou=iou, max_det=max_det, multi_label=multi_label, agnostic=agnostic)
+    return suppress(Candidates(rows[index], index), settings)[0]
+
+
+def suppress(candidates: Candidates, settings: NmsSettings) -> tuple[Detections, NmsCounts]:
+    """Detections in canvas pixels of one image's candidates, and what the caps did."""
+    rows, class_ids, scores = _scored(candidates, settings)
+    found = len(scores)
+    if found > MAX_CANDIDATES:
+        # The order of equal scores is that of the index, so the last place is filled from the front.
+        lowest = np.partition(scores, found - MAX_CANDIDATES)[found - MAX_CANDIDATES]
+        above, tied = np.flatnonzero(scores > lowest), np.flatnonzero(scores == lowest)
+        kept = np.sort(np.concatenate((above, tied[: MAX_CANDIDATES - len(above)])))
+        rows, class_ids, scores = rows[kept], class_ids[kept], scores[kept]
+    order = np.argsort(-scores, kind="stable")
+    boxes = np.asarray(cxcywh_to_xyxy(candidates.decoded[rows[order], :4]), np.float32)
+    class_ids, scores = class_ids[order], scores[order]
+    survivors, stopped = _greedy(boxes, class_ids, settings)
+    counts = NmsCounts(candidates=found, over_limit=max(found - MAX_CANDIDATES, 0), at_max_det=stopped)
+    return Detections(boxes[survivors], scores[survivors], class_ids[survivors]), counts
+
+
+def _scored(candidates: Candidates, settings: NmsSettings) -> tuple[NDArray[np.int64], NDArray[np.int32], FloatArray]:
+    """Row, class and score of every candidate that passes, ordered by `anchor * nc + class`."""
+    decoded = candidates.decoded
+    with np.errstate(invalid="ignore", over="ignore"):
+        scores = decoded[:, 5:] * decoded[:, 4:5]
+    finite = np.logical_and.reduce(np.isfinite(decoded[:, :5]), axis=1, keepdims=True)
+    passes = (decoded[:, 4:5] > np.float32(settings.conf)) & (scores > np.float32(settings.conf))
+    passes &= finite & np.isfinite(scores)
+    if not settings.multi_label and len(scores):
+        ranked = np.where(np.isfinite(scores), scores, -np.inf)
+        best = np.zeros_like(passes)
+        best[np.arange(len(scores)), ranked.argmax(axis=1)] = True
+        passes &= best
+    rows, class_ids = np.nonzero(passes)
+    return rows, class_ids.astype(np.int32), scores[rows, class_ids]
+
+
+def _greedy(xyxy: FloatArray, class_ids: NDArray[np.int32], settings: NmsSettings) -> tuple[NDArray[np.int64], bool]:
+    """Indices of the boxes kept, in order, and whether `max_det` was met with boxes left."""
+    x1, y1, x2, y2 = xyxy.T
+    area = (x2 - x1) * (y2 - y1)
+    remaining = np.arange(len(xyxy))
+    survivors: list[int] = []
+    threshold = np.float32(settings.iou)
+    while len(remaining) and len(survivors) < settings.max_det:
+        best, remaining = remaining[0], remaining[1:]
+        survivors.append(int(best))
+        width = np.minimum(x2[remaining], x2[best]) - np.maximum(x1[remaining], x1[best])
+        height = np.minimum(y2[remaining], y2[best]) - np.maximum(y1[remaining], y1[best])
+        intersection = np.maximum(width, 0) * np.maximum(height, 0)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            overlaps = intersection / (area[remaining] + area[best] - intersection) > threshold
+        if not settings.agnostic:
+            overlaps &= class_ids[remaining] == class_ids[best]
+        remaining = remaining[~overlaps]
+    return np.array(survivors, np.int64), len(remaining) > 0
