@@ -1,0 +1,72 @@
+"""Image files to pixels: checked by their headers first, then decoded as OpenCV decodes them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from parkdet.runtime.errors import DataError, UsageError
+from parkdet.runtime.geometry import ImageArray
+from parkdet.runtime.image_headers import read_header
+from parkdet.runtime.image_names import IMAGE_EXTENSIONS
+
+IMAGE_SUFFIXES = tuple(sorted(IMAGE_EXTENSIONS))
+"""Suffixes, in lower case, by which a folder's images are found; one that `read_image` cannot read is told."""
+
+MAX_PIXELS = 500_000_000
+"""Width times height above which an image is refused before it is decoded: 1.5 GB as BGR."""
+
+
+def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> ImageArray:
+    """Decode one file to BGR (h, w, 3) uint8 as `cv2.imread(path, cv2.IMREAD_COLOR)` does.
+
+    The EXIF orientation is applied; grey, palette and CMYK images become BGR, alpha is dropped, 16 bits a
+    channel become 8. DataError names the file and the reason: missing, zero bytes, not an image, cut off,
+    more than `max_pixels` (read from the header, before anything is decoded), damaged.
+    """
+    import cv2
+
+    header = read_header(path)
+    if header.problem is not None:
+        raise DataError(f"{os.fspath(path)}: {header.problem}")
+    if header.width * header.height > max_pixels:
+        raise DataError(
+            f"{os.fspath(path)}: {header.width} x {header.height} is {header.width * header.height:,} pixels, "
+            f"more than the limit of {max_pixels:,}"
+        )
+    try:
+        # Not cv2.imread: it decodes file names by the system's code page on some platforms.
+        encoded = np.fromfile(path, np.uint8)
+    except OSError as error:
+        raise DataError(f"{os.fspath(path)}: cannot be read ({error.strerror or error})") from error
+    try:
+        image = cv2.imdecode(encoded, cv2.IMREAD_COLOR)
+    except (cv2.error, MemoryError) as error:
+        reason = "out of memory" if isinstance(error, MemoryError) else error.err or error.func
+        raise DataError(f"{os.fspath(path)}: cannot be decoded ({reason})") from error
+    if image is None:
+        raise DataError(
+            f"{os.fspath(path)}: is damaged, its {header.format} data cannot be decoded; get the file again"
+        )
+    return np.asarray(image, np.uint8)
+
+
+def list_images(source: str | os.PathLike[str]) -> list[Path]:
+    """The images directly in a folder, by suffix, sorted by name; or the one file that `source` names.
+
+    UsageError when the path does not exist or the folder holds no image.
+    """
+    path = Path(source)
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UsageError(f"{path}: there is no such file or folder")
+    images = sorted(
+        (entry for entry in path.iterdir() if entry.suffix.lower() in IMAGE_SUFFIXES and not entry.is_dir()),
+        key=lambda entry: entry.name,
+    )
+    if not images:
+        raise UsageError(f"{path}: holds no images, files ending in {', '.join(IMAGE_SUFFIXES)} (not in subfolders)")
+    return images
