@@ -1,0 +1,144 @@
+"""The training images at the size they are used: read from disk each time, or kept in memory."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from parkdet.runtime.errors import DataError, UsageError
+from parkdet.runtime.geometry import ImageArray, Letterbox
+from parkdet.runtime.images import read_image
+from parkdet.train.data.augment import Tile, to_long_side
+from parkdet.train.data.samples import Sample
+
+log = logging.getLogger(__name__)
+
+CacheMode = Literal["none", "ram"]
+
+_CGROUP_FILES: tuple[tuple[str, str], ...] = (
+    ("memory.max", "memory.current"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+)
+"""Limit and use of memory in a container: the kernel's interface in version 2 and in version 1."""
+
+
+class UnreadableImageError(DataError):
+    """One image of the set cannot be used; `index` says which."""
+
+    def __init__(self, index: int, message: str) -> None:
+        super().__init__(index, message)
+        self.index = index
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class ImageStore:
+    """Gives every sample's image scaled to `imgsz` on its long side (linear), and its boxes at that scale.
+
+    With `cache="ram"` all images are decoded at once into one buffer, which workers forked later share.
+    UsageError when that would take more than half of the memory that is available.
+    """
+
+    def __init__(self, samples: Sequence[Sample], imgsz: int, cache: CacheMode = "none") -> None:
+        self._samples = samples
+        self._boxes = [Letterbox.fit(sample.image_hw, imgsz, 1, canvas=(imgsz, imgsz)) for sample in samples]
+        self._offsets = np.concatenate(
+            (
+                [0],
+                np.cumsum([3 * box.resized_hw[0] * box.resized_hw[1] for box in self._boxes], dtype=np.int64),
+            )
+        )
+        self._cached: ImageArray | None = None
+        self.unreadable: dict[int, str] = {}
+        """What was found wrong while the cache was filled, by index."""
+        if cache == "ram":
+            self._fill()
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    @property
+    def cache_bytes(self) -> int:
+        """What all images take in memory at this size."""
+        return int(self._offsets[-1])
+
+    def tile(self, index: int) -> Tile:
+        """The sample as augmentation wants it; its image is read when the tile's `load` is called."""
+        sample, box = self._samples[index], self._boxes[index]
+        scale_y, scale_x = (now / before for now, before in zip(box.resized_hw, box.image_hw, strict=True))
+        xyxy = sample.xyxy * np.array([scale_x, scale_y, scale_x, scale_y], np.float32)
+        return Tile(box.resized_hw, sample.class_ids, xyxy, lambda: self.image(index))
+
+    def image(self, index: int) -> ImageArray:
+        """The scaled image (h, w, 3) BGR, not to be written to. UnreadableImageError when there is none."""
+        if index in self.unreadable:
+            raise UnreadableImageError(index, self.unreadable[index])
+        if self._cached is not None:
+            return self._slot(self._cached, index)
+        return self._read(index)
+
+    def _slot(self, buffer: ImageArray, index: int) -> ImageArray:
+        pixels = buffer[self._offsets[index] : self._offsets[index + 1]]
+        return pixels.reshape(*self._boxes[index].resized_hw, 3)
+
+    def _read(self, index: int) -> ImageArray:
+        sample = self._samples[index]
+        try:
+            image = read_image(sample.path)
+        except DataError as error:
+            raise UnreadableImageError(index, str(error)) from error
+        if image.shape[:2] != sample.image_hw:
+            (height, width), (found_h, found_w) = sample.image_hw, image.shape[:2]
+            raise UnreadableImageError(
+                index,
+                f"{sample.path}: it decodes to {found_w} x {found_h} pixels, its boxes are for "
+                f"{width} x {height}; run 'parkdet prepare' to have the data set checked",
+            )
+        return to_long_side(image, self._boxes[index].resized_hw)
+
+    def _fill(self) -> None:
+        available = available_memory()
+        if self.cache_bytes > available // 2:
+            raise UsageError(
+                f"cache=ram: {len(self)} images take {self.cache_bytes / 1e9:.1f} GB at this size, more than "
+                f"half of the {available / 1e9:.1f} GB of memory that are available; use cache=none"
+            )
+        buffer = np.empty(self.cache_bytes, np.uint8)
+
+        def fill(index: int) -> None:
+            try:
+                self._slot(buffer, index)[:] = self._read(index)
+            except UnreadableImageError as error:
+                self.unreadable[index] = error.message
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for _ in pool.map(fill, range(len(self))):
+                pass
+        self._cached = buffer
+        log.info("cache=ram: %d images, %.2f GB", len(self), self.cache_bytes / 1e9)
+
+
+def available_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that can be allocated without swapping: the system's, or less where a container has a limit."""
+    bounds = []
+    try:
+        lines = (proc / "meminfo").read_text().splitlines()
+        bounds += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    except OSError:
+        bounds.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
+    for limit_name, used_name in _CGROUP_FILES:
+        try:
+            limit, used = ((cgroup / name).read_text().strip() for name in (limit_name, used_name))
+        except OSError:
+            continue
+        if limit.isdigit():  # version 2 says "max" where there is no limit
+            bounds.append(max(int(limit) - int(used), 0))
+    return min(bounds)
