@@ -1,0 +1,163 @@
+"""The recipe: what `parkdet train --config` reads. Shipped ones are in configs/."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, create_model, model_validator
+
+from parkdet.runtime.errors import UsageError
+from parkdet.runtime.settings import Settings, load_settings, parse_overrides
+from parkdet.train.data.augment import AugmentSettings
+
+
+MetricTerm = Literal["map", "map50", "map75"]
+CONTEST_METRIC: dict[MetricTerm, float] = {"map50": 0.1, "map75": 0.9}
+"""How the contest's reference chose its best checkpoint."""
+
+
+class TrainSettings(AugmentSettings):
+    """How one stage trains. The names are those that YOLOv5's users know; defaults are its low-augmentation ones."""
+
+    epochs: int = Field(default=100, gt=0)
+    imgsz: int = Field(default=640, gt=0)
+    """Side of the square training canvas, and the long side in validation, in pixels."""
+    batch_size: int = Field(default=16, gt=0)
+    nominal_batch: int = Field(default=64, gt=0)
+    """Gradients are accumulated until about so many images were seen; weight decay is stated for it."""
+    optimizer: Literal["SGD", "AdamW"] = "SGD"
+    lr0: float = Field(default=0.01, gt=0)
+    lrf: float = Field(default=0.01, gt=0, le=1)
+    """The last epoch's learning rate as a share of `lr0`."""
+    cos_lr: bool = False
+    """Cosine schedule in place of the linear one."""
+    momentum: float = Field(default=0.937, ge=0, lt=1)
+    """SGD's momentum, or AdamW's first beta."""
+    weight_decay: float = Field(default=0.0005, ge=0)
+    warmup_epochs: float = Field(default=3.0, ge=0)
+    warmup_momentum: float = Field(default=0.8, ge=0, lt=1)
+    warmup_bias_lr: float = Field(default=0.1, ge=0)
+    grad_clip: float = Field(default=10.0, ge=0)
+    """Largest norm of all gradients together; 0 leaves them as they are."""
+    box: float = Field(default=0.05, ge=0)
+    cls: float = Field(default=0.5, ge=0)
+    cls_pw: float = Field(default=1.0, gt=0)
+    obj: float = Field(default=1.0, ge=0)
+    obj_pw: float = Field(default=1.0, gt=0)
+    anchor_t: float = Field(default=4.0, gt=1)
+    fl_gamma: float = Field(default=0.0, ge=0)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    image_weights: bool = False
+    """Draw images by how rare and how badly detected their classes are."""
+    epoch_parts: int = Field(default=1, gt=0)
+    """An epoch is a random 1 / parts of the training set, drawn with replacement where parts > 1."""
+    val_period: int = Field(default=1, ge=0)
+    """Validate every so many epochs; 0: after the last one only."""
+    save_period: int = Field(default=0, ge=0)
+    """Keep weights/epochN.pt every so many epochs; 0: none."""
+    precision: Literal["auto", "fast", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of the forward pass. auto: bf16, else fp16, on a GPU, fp32 on a CPU; fast: bf16 there too where
+    the CPU has matrix instructions for it (AMX)."""
+    cache: Literal["none", "ram"] = "none"
+    """Keep the scaled images in memory."""
+    seed: int = Field(default=0, ge=0)
+
+
+class SplitSettings(Settings):
+    """Which images validate: drawn with `random.Random(seed).sample` from the ids in the file's order."""
+
+    seed: int = 100
+    count: int | None = Field(default=None, gt=0)
+    """How many; without it the smaller of 3,000 and an eighth."""
+
+
+class ValSettings(Settings):
+    """Post-processing in validation: the runtime's own."""
+
+    conf: float = Field(default=0.01, ge=0, le=1)
+    iou: float = Field(default=0.7, ge=0, le=1)
+    max_det: int = Field(default=50, gt=0)
+    metric: dict[MetricTerm, float] = Field(default_factory=lambda: dict(CONTEST_METRIC), min_length=1)
+    """Weights of the sum by which the best checkpoint is chosen."""
+
+
+# A stage is a name and any of the settings of `train`, which it replaces.
+_StageFields: Any = create_model(
+    "_StageFields",
+    __base__=Settings,
+    **{name: (field.annotation | None, None) for name, field in TrainSettings.model_fields.items()},  # type: ignore[call-overload, operator]
+)
+
+
+class StageSettings(_StageFields):  # type: ignore[misc]  # made above from TrainSettings' fields
+    """One training among several in a row; each starts from the weights of the one before."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
+
+
+class Recipe(Settings):
+    """The whole of a training: network, split, settings, and the stages if there are several."""
+
+    model: str = "yolov5n"
+    weights: str | None = None
+    """Checkpoint to start from; random weights without it."""
+    split: SplitSettings = SplitSettings()
+    val: ValSettings = ValSettings()
+    train: TrainSettings = TrainSettings()
+    stages: tuple[StageSettings, ...] = ()
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Recipe:
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) != len(names):
+            raise ValueError(f"stages need different names, not {', '.join(names)}")
+        return self
+
+    def stage_settings(self) -> tuple[tuple[str, TrainSettings], ...]:
+        """Name and full settings of every stage in order; one without a name where no stages are listed."""
+        if not self.stages:
+            return (("", self.train),)
+        common = self.train.model_dump()
+        return tuple(
+            (
+                stage.name,
+                TrainSettings.model_validate({**common, **stage.model_dump(exclude_none=True, exclude={"name"})}),
+            )
+            for stage in self.stages
+        )
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes in the package by name."""
+    folder = resources.files("parkdet.configs")
+    return {
+        Path(entry.name).stem: Path(str(entry))
+        for entry in sorted(folder.iterdir(), key=lambda entry: entry.name)
+        if entry.name.endswith(".yaml")
+    }
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """A shipped recipe by name or one of the user's by path, with `key=value` overrides.
+
+    An override of `train.X` wins over the stages' own X: the command line has the last word.
+    """
+    shipped = shipped_recipes()
+    path = Path(name_or_path)
+    if name_or_path in shipped:
+        path = shipped[name_or_path]
+    elif not path.is_file():
+        raise UsageError(f"there is no recipe '{name_or_path}'; give a YAML file or one of {', '.join(shipped)}")
+    recipe = load_settings(Recipe, path, overrides)
+    overridden = {
+        override.path[-1]
+        for override in parse_overrides(overrides, Recipe)
+        if override.path[:-1] == ("train",) and override.path[-1] in TrainSettings.model_fields
+    }
+    stages = tuple(
+        stage.model_copy(update={name: getattr(recipe.train, name) for name in overridden}) for stage in recipe.stages
+    )
+    return recipe.model_copy(update={"stages": stages})

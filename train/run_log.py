@@ -1,0 +1,114 @@
+"""What a training shows and keeps: YOLOv5's progress lines, results.csv, TensorBoard events."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from parkdet.train.validate import Validation
+
+PLAIN_LINE_SECONDS = 10.0
+"""Without a terminal, one line so often."""
+
+COLUMNS = (
+    "epoch",
+    "train/box_loss",
+    "train/obj_loss",
+    "train/cls_loss",
+    "metrics/precision",
+    "metrics/recall",
+    "metrics/mAP_0.5",
+    "metrics/mAP_0.5:0.95",
+    "val/box_loss",
+    "val/obj_loss",
+    "val/cls_loss",
+    "x/lr0",
+    "x/lr1",
+    "x/lr2",
+)
+_HEADER = ("Epoch", "GPU_mem", "box_loss", "obj_loss", "cls_loss", "Instances", "Size")
+
+
+class EpochLine:
+    """The line of one epoch: rewritten in place on a terminal, printed now and then elsewhere."""
+
+    def __init__(self, epoch: int, epochs: int, batches: int):
+        self._label, self._batches = f"{epoch}/{epochs - 1}", batches
+        self._terminal = sys.stderr.isatty()
+        self._started = time.monotonic()
+        # A line at once would say nothing: the first comes after its time.
+        self._last_plain = self._started
+        print("\n" + "".join(f"{word:>11}" for word in _HEADER), file=sys.stderr)
+
+    def update(self, batch: int, losses: Sequence[float], instances: int, size: int) -> None:
+        """Batch `batch` of the epoch, counted from 1, is done; `losses` are the epoch's means so far."""
+        last = batch >= self._batches
+        now = time.monotonic()
+        if not self._terminal and not last and now - self._last_plain < PLAIN_LINE_SECONDS:
+            return
+        self._last_plain = now
+        words = [self._label, _gpu_memory(), *(f"{loss:.4g}" for loss in losses), str(instances), str(size)]
+        elapsed = now - self._started
+        line = "".join(f"{word:>11}" for word in words) + f"  {batch}/{self._batches} {elapsed:.0f}s"
+        end = "\n" if last or not self._terminal else ""
+        print(f"\r{line}" if self._terminal else line, end=end, file=sys.stderr, flush=True)
+
+
+def _gpu_memory() -> str:
+    used = torch.cuda.memory_reserved() / 1e9 if torch.cuda.is_available() else 0
+    return f"{used:.3g}G"
+
+
+class ResultsFile:
+    """results.csv with YOLOv5's columns: one row an epoch."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def keep_before(self, epoch: int) -> None:
+        """Drop rows of `epoch` and later: a resumed run writes them again."""
+        if not self.path.exists():
+            return
+        with self.path.open(newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.reader(file) if row]
+        kept = [row for row in rows[1:] if row[0].strip().isdigit() and int(row[0]) < epoch]
+        self._replace(kept)
+
+    def add(
+        self,
+        epoch: int,
+        losses: Sequence[float],
+        validation: Validation | None,
+        rates: Sequence[float],
+    ) -> dict[str, float]:
+        """Append an epoch's row; where there was no validation its columns are empty. Returns the row."""
+        metrics: list[float | None] = [None] * 7
+        if validation is not None:
+            measured = validation.evaluation
+            metrics = [measured.precision, measured.recall, measured.map50, measured.map, *validation.losses]
+        values = dict(zip(COLUMNS, [epoch, *losses, *metrics, *rates], strict=True))
+        is_new = not self.path.exists()
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            if is_new:
+                writer.writerow(COLUMNS)
+            writer.writerow([epoch, *("" if v is None else f"{v:.6g}" for v in list(values.values())[1:])])
+            file.flush()
+            os.fsync(file.fileno())
+        return {name: float(value) for name, value in values.items() if value is not None}
+
+    def _replace(self, rows: Sequence[Sequence[str]]) -> None:
+        text = io.StringIO()
+        writer = csv.writer(text)
+        writer.writerow(COLUMNS)
+        writer.writerows(rows)
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        temporary.write_text(text.getvalue(), encoding="utf-8")
+        temporary.replace(self.path)

@@ -1,0 +1,160 @@
+"""Validation: the network on whole images through the runtime's letterbox, decoding and NMS, measured by COCO AP."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+import torch
+from torch import Tensor
+
+from parkdet.runtime.detections import Detections
+from parkdet.runtime.errors import DataError
+from parkdet.runtime.evaluation import Evaluation, evaluate
+from parkdet.runtime.geometry import ImageArray, Letterbox, xyxy_to_cxcywh, xyxy_to_xywh
+from parkdet.runtime.heads import decode_candidates
+from parkdet.runtime.images import read_image
+from parkdet.runtime.model_spec import ModelSpec
+from parkdet.runtime.nms import NmsSettings, suppress
+from parkdet.train.config import ValSettings
+from parkdet.train.data.samples import Sample
+from parkdet.train.model.loss import DetectionLoss
+from parkdet.train.model.network import Yolov5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Validation:
+    """What a network does on held-out images."""
+
+    evaluation: Evaluation
+    losses: tuple[float, float, float]
+    """Box, objectness and class loss, the mean over images; NaN where no loss was given."""
+    unreadable: tuple[str, ...]
+    """What was wrong with the images that could not be read; they count as images without detections."""
+
+    def ap_by_class(self, spec: ModelSpec) -> dict[int, float]:
+        """AP@[.5:.95] by class id, 0 for classes that have no truth."""
+        found = {entry.category_id: entry.ap for entry in self.evaluation.per_class}
+        values = {i: found.get(category) for i, category in enumerate(spec.category_ids)}
+        return {i: 0.0 if ap is None or np.isnan(ap) else float(ap) for i, ap in values.items()}
+
+
+def validate(
+    network: Yolov5,
+    samples: Sequence[Sample],
+    settings: ValSettings,
+    *,
+    imgsz: int,
+    batch_size: int,
+    loss: DetectionLoss | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Validation | None:
+    """Detect on every sample's own canvas and compare with its boxes; None when `stop` said so meanwhile.
+
+    Runs on the device of the network's weights. DataError when not one image can be read.
+    """
+    spec = network.spec
+    device = next(network.parameters()).device
+    fused = network.fused().to(device)
+    nms = NmsSettings(conf=settings.conf, iou=settings.iou, max_det=settings.max_det)
+    found: list[tuple[Sample, Detections]] = []
+    sums, seen = torch.zeros(3), 0
+    unreadable: list[str] = []
+    with torch.inference_mode():
+        for batch in _batches(samples, imgsz, spec.stride_max, batch_size, unreadable):
+            if stop():
+                return None
+            canvases = np.stack([canvas for _, _, canvas in batch])
+            images = torch.from_numpy(canvases).to(device).flip(3).permute(0, 3, 1, 2).float() / 255
+            heads = [head.float() for head in fused(images)]
+            if loss is not None:
+                _, parts = loss(heads, _targets(batch).to(device))
+                sums += parts.cpu() * len(batch)
+            seen += len(batch)
+            candidates = decode_candidates([head.cpu().numpy() for head in heads], spec, settings.conf)
+            for (sample, letterbox, _), of_image in zip(batch, candidates, strict=True):
+                detections, _ = suppress(of_image, nms)
+                found.append((sample, detections.moved(letterbox.to_image(detections.xyxy))[0]))
+    if not seen and samples:
+        raise DataError(f"none of the {len(samples)} validation images can be read: {unreadable[0]}")
+    evaluation = evaluate(_table(found, spec), _truth(samples, spec), max_det=settings.max_det)
+    means = sums / seen if loss is not None and seen else torch.full((3,), torch.nan)
+    box, objectness, classes = (float(value) for value in means)
+    return Validation(evaluation=evaluation, losses=(box, objectness, classes), unreadable=tuple(unreadable))
+
+
+_Canvas = tuple[Sample, Letterbox, ImageArray]
+
+
+def _batches(
+    samples: Sequence[Sample], imgsz: int, stride: int, batch_size: int, unreadable: list[str]
+) -> Iterator[list[_Canvas]]:
+    """Batches of one canvas size each; every image keeps its own canvas."""
+    waiting: dict[tuple[int, int], list[_Canvas]] = defaultdict(list)
+    for sample in samples:
+        try:
+            image = read_image(sample.path)
+        except DataError as error:
+            unreadable.append(str(error))
+            continue
+        letterbox = Letterbox.fit((image.shape[0], image.shape[1]), imgsz, stride)
+        batch = waiting[letterbox.canvas_hw]
+        batch.append((sample, letterbox, letterbox.apply(image)))
+        if len(batch) == batch_size:
+            yield batch
+            waiting[letterbox.canvas_hw] = []
+    yield from (batch for batch in waiting.values() if batch)
+
+
+def _targets(batch: Sequence[_Canvas]) -> Tensor:
+    rows = [np.zeros((0, 6), np.float32)]
+    for number, (sample, letterbox, canvas) in enumerate(batch):
+        height, width = canvas.shape[:2]
+        boxes = xyxy_to_cxcywh(letterbox.to_canvas(sample.xyxy)) / np.array([width, height] * 2, np.float32)
+        index = np.full((len(boxes), 1), number, np.float32)
+        rows.append(np.concatenate((index, sample.class_ids[:, None], boxes), axis=1).astype(np.float32))
+    return torch.from_numpy(np.concatenate(rows))
+
+
+def _table(found: Sequence[tuple[Sample, Detections]], spec: ModelSpec) -> pl.DataFrame:
+    category_ids = np.array(spec.category_ids, np.int64)
+    counts = [len(detections) for _, detections in found]
+    xywh = np.concatenate([np.zeros((0, 4), np.float32), *(xyxy_to_xywh(detections.xyxy) for _, detections in found)])
+    class_ids = np.concatenate([np.zeros(0, np.int32), *(detections.class_ids for _, detections in found)])
+    scores = np.concatenate([np.zeros(0, np.float32), *(detections.scores for _, detections in found)])
+    return pl.DataFrame(
+        {
+            "image_id": np.repeat(np.array([sample.image_id for sample, _ in found], np.int64), counts),
+            "category_id": category_ids[class_ids],
+            **{name: xywh[:, column] for column, name in enumerate("xywh")},
+            "score": scores,
+        }
+    )
+
+
+def _truth(samples: Sequence[Sample], spec: ModelSpec) -> dict[str, object]:
+    annotations: list[dict[str, object]] = []
+    for sample in samples:
+        for box, class_id in zip(xyxy_to_xywh(sample.xyxy).tolist(), sample.class_ids.tolist(), strict=True):
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": sample.image_id,
+                    "category_id": spec.category_ids[class_id],
+                    "bbox": box,
+                    "area": box[2] * box[3],
+                    "iscrowd": 0,
+                }
+            )
+    return {
+        "images": [
+            {"id": sample.image_id, "height": sample.image_hw[0], "width": sample.image_hw[1]} for sample in samples
+        ],
+        "categories": [
+            {"id": category, "name": name} for category, name in zip(spec.category_ids, spec.class_names, strict=True)
+        ],
+        "annotations": annotations,
+    }
