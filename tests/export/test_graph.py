@@ -1,0 +1,184 @@
+"""The exported graph against torch through ONNX Runtime, and the gate that refuses what differs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from parkdet.export.canvases import generated_canvases
+from parkdet.export.config import ExportOptions
+from parkdet.export.exporter import export_onnx
+from parkdet.export.graph import build_graph
+from parkdet.export.parity import LIMITS, compare, match, torch_heads
+from parkdet.runtime import Detections, ModelSpec
+from parkdet.runtime.backends.base import open_backend
+from parkdet.runtime.errors import GateError, UsageError
+from parkdet.runtime.model_spec import SPEC_KEY
+from parkdet.train import save_checkpoint
+from parkdet.train.model.network import Yolov5, build_network
+
+
+@pytest.fixture(scope="module")
+def network() -> Yolov5:
+    """Random weights whose heads are spread enough that there are detections of all scores."""
+    torch.manual_seed(1)
+    made = build_network("yolov5n6", ["a", "b", "c"], 320)
+    made.train()
+    with torch.no_grad():
+        for _ in range(4):
+            made(torch.rand(2, 3, 128, 128))
+        for conv in made.detect.m:
+            bias = conv.bias.view(3, -1)  # type: ignore[union-attr]
+            bias[:, 4] = 0.0
+            bias[:, 5:] = 2.0
+            conv.weight *= 6  # type: ignore[operator]
+    return made.eval()
+
+
+@pytest.fixture(scope="module")
+def graph(network: Yolov5) -> onnx.ModelProto:
+    return build_graph(network)
+
+
+def run(model: onnx.ModelProto, canvases: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return list(session.run(None, {"images": canvases}))
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 64, 3), (2, 192, 256, 3), (3, 320, 128, 3)])
+def test_one_graph_serves_every_canvas_and_batch(
+    network: Yolov5, graph: onnx.ModelProto, shape: tuple[int, ...]
+) -> None:
+    canvases = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    rgb = torch.from_numpy(canvases[..., ::-1].transpose(0, 3, 1, 2).copy()).float() / 255
+    with torch.no_grad():
+        expected = network(rgb)
+    for head, ours in zip(expected, run(graph, canvases), strict=True):
+        np.testing.assert_allclose(ours, head.numpy(), rtol=1e-3, atol=1e-3)
+
+
+def test_the_contract(network: Yolov5, graph: onnx.ModelProto) -> None:
+    onnx.checker.check_model(graph, full_check=True)
+    assert [entry.version for entry in graph.opset_import if entry.domain in ("", "ai.onnx")] == [20]
+    (images,) = graph.graph.input
+    assert images.name == "images"
+    assert images.type.tensor_type.elem_type == onnx.TensorProto.UINT8
+    operators = [node.op_type for node in graph.graph.node]
+    assert "BatchNormalization" not in operators
+    assert operators.index("Cast") < operators.index("Transpose")
+    assert all(output.type.tensor_type.elem_type == onnx.TensorProto.FLOAT for output in graph.graph.output)
+    metadata = {entry.key: entry.value for entry in graph.metadata_props}
+    spec = ModelSpec.from_json(metadata[SPEC_KEY], "graph")
+    assert (spec.class_names, spec.strides, spec.anchors) == (
+        network.spec.class_names,
+        network.spec.strides,
+        network.spec.anchors,
+    )
+    assert [tensor.name for tensor in spec.outputs] == [output.name for output in graph.graph.output]
+    # Nothing of the machine that exported is in the file.
+    assert b"site-packages" not in graph.SerializeToString()
+
+
+def test_a_fixed_canvas_and_batch(network: Yolov5) -> None:
+    model = build_graph(network, (128, 192), 2)
+    shape = [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim]
+    assert shape == [2, 128, 192, 3]
+    assert not any(node.op_type == "Shape" for node in model.graph.node)
+    with pytest.raises(UsageError, match="multiple of 64"):
+        build_graph(network, (100, 128), 1)
+
+
+def test_equal_heads_pass_the_gate(network: Yolov5) -> None:
+    report = compare(network, torch_heads(network), generated_canvases(network.spec, None, count=3))
+    assert report.detections > 20
+    assert report.findings(LIMITS["fp32"]) == []
+    assert (report.unmatched, report.iou_min, report.score_max, report.ap75) == (0, 1, 0, 1)
+
+
+def swapped_anchor(heads: list[Any]) -> list[Any]:
+    return [head[:, ::-1] for head in heads]
+
+
+def shifted_box(heads: list[Any]) -> list[Any]:
+    moved = [head.copy() for head in heads]
+    for head in moved:
+        head[..., 0] += 0.05
+    return moved
+
+
+def lower_scores(heads: list[Any]) -> list[Any]:
+    lowered = [head.copy() for head in heads]
+    for head in lowered:
+        head[..., 4] -= 0.05
+    return lowered
+
+
+def rolled_class(heads: list[Any]) -> list[Any]:
+    return [np.concatenate((head[..., :5], np.roll(head[..., 5:], 1, -1)), -1) for head in heads]
+
+
+def not_finite(heads: list[Any]) -> list[Any]:
+    broken = [head.copy() for head in heads]
+    broken[0][0, 0, 0, 0, 0] = np.nan
+    return broken
+
+
+@pytest.mark.parametrize("fault", [swapped_anchor, shifted_box, lower_scores, rolled_class, not_finite])
+def test_a_planted_fault_is_found(network: Yolov5, fault: Any) -> None:
+    heads = torch_heads(network)
+
+    def faulty(canvases: np.ndarray[Any, Any]) -> Sequence[Any]:
+        return fault([np.asarray(head) for head in heads(canvases)])
+
+    report = compare(network, faulty, generated_canvases(network.spec, None, count=2))
+    assert report.findings(LIMITS["fp32"]) != []
+
+
+def test_the_file_bears_its_name_only_after_the_gate(
+    network: Yolov5, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = tmp_path / "best.pt"
+    save_checkpoint(weights, network)
+    said: list[str] = []
+    path = export_onnx(ExportOptions(weights=weights, canvas_hw=(192, 320)), said.append)
+    assert path == tmp_path / "best.onnx"
+    assert json.loads((tmp_path / "best.onnx.parity.json").read_text())["passed"]
+    assert any("drawn images" in line for line in said)
+    before = path.read_bytes()
+    with open_backend(path) as backend:
+        assert len(backend.spec.checkpoint_sha256) == 64
+
+    from parkdet.export import graph as graph_module
+
+    class Unswapped(graph_module.GraphSource):
+        """Takes RGB where the contract says BGR."""
+
+        def __init__(self, network: Yolov5):
+            super().__init__(network)
+            with torch.no_grad():
+                first = self.network.model[0].conv.weight
+                first.copy_(first.flip(1))  # type: ignore[operator, union-attr]
+
+    monkeypatch.setattr(graph_module, "GraphSource", Unswapped)
+    with pytest.raises(GateError, match=r"not the checkpoint's.*best\.onnx\.rejected"):
+        export_onnx(ExportOptions(weights=weights, canvas_hw=(192, 320)), said.append)
+    assert path.read_bytes() == before
+    assert (tmp_path / "best.onnx.rejected").exists()
+    assert not json.loads((tmp_path / "best.onnx.rejected.parity.json").read_text())["passed"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "best.onnx", "best.onnx.parity.json", "best.onnx.rejected", "best.onnx.rejected.parity.json", "best.pt",
+    ]  # fmt: skip
+
+
+def test_partners_are_of_one_class_and_taken_once() -> None:
+    wanted = Detections.sorted([[0, 0, 10, 10], [0, 0, 10, 10]], [0.9, 0.8], [0, 1])
+    found = Detections.sorted([[0, 0, 10, 10], [0, 0, 10, 10.2]], [0.9, 0.8], [0, 0])
+    assert match(wanted, found) == [(0, 0)]
+    assert match(Detections.empty(), found) == []
