@@ -1,0 +1,65 @@
+"""`parkdet infer` for checkpoints too: a .pt is exported and proven first, then the runtime takes over."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import click
+
+from parkdet.runtime.cli import infer as infer_artifact
+
+
+def exported(checkpoint: Path, images: Path | None) -> Path:
+    """The ONNX file of a checkpoint, beside it: the one that is there if it is of this very file, else a new one."""
+    from parkdet.export.config import ExportOptions
+    from parkdet.export.exporter import export_onnx
+    from parkdet.runtime.backends.base import open_backend
+    from parkdet.runtime.errors import ParkdetError, UsageError
+    from parkdet.train.checkpoint import file_sha256
+
+    if not checkpoint.is_file():
+        raise UsageError(f"{checkpoint}: there is no such checkpoint")
+    artifact = checkpoint.with_suffix(".onnx")
+    if artifact.is_file():
+        try:
+            with open_backend(artifact) as backend:
+                same = backend.spec.checkpoint_sha256 == file_sha256(checkpoint)
+        except ParkdetError as error:
+            click.echo(f"{error}; exporting again", err=True)
+            same = False
+        if same:
+            click.echo(f"{artifact} was exported from this checkpoint and is used", err=True)
+            return artifact
+    click.echo(f"exporting {checkpoint} first", err=True)
+    options = ExportOptions(weights=checkpoint, calibration=images)
+    return export_onnx(options, say=lambda line: click.echo(line, err=True))
+
+
+def _images_of(options: dict[str, Any]) -> Path | None:
+    """The folder of images that are about to be run: the export is proven on some of them."""
+    from parkdet.runtime.contest import ContestData
+
+    source: Path | None = options.get("source")
+    data: Path | None = options.get("data")
+    if data is not None:
+        return ContestData(data).images_folder("train" if options.get("split") == "train" else "test")
+    return source if source is not None and source.is_dir() else None
+
+
+@click.pass_context
+def _infer(context: click.Context, weights: Path, **options: Any) -> None:
+    if weights.suffix.lower() == ".pt":
+        weights = exported(weights, _images_of(options))
+    context.invoke(infer_artifact, weights=weights, **options)
+
+
+infer = click.Command(
+    "infer",
+    params=infer_artifact.params,
+    callback=_infer,
+    short_help=infer_artifact.short_help,
+    help=inspect.cleandoc(infer_artifact.help or "")
+    + "\n\n\b\nWeights that are a checkpoint (.pt) are exported to ONNX beside it first, and proven equal.",
+)

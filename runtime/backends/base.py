@@ -1,0 +1,257 @@
+"""What runs a graph: one interface, and the registry from which a file's suffix picks."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from parkdet.runtime.errors import ArtifactError, ParkdetError, UsageError
+from parkdet.runtime.geometry import FloatArray, ImageArray
+from parkdet.runtime.model_spec import SPEC_KEY, ModelSpec, TensorSpec
+
+Goal = Literal["throughput", "latency"]
+
+DEVICES = ("cpu",)
+"""Devices that this version runs on."""
+
+
+class Backend(Protocol):
+    """A graph, ready to run. Everything behind it works with any object of this shape."""
+
+    name: str
+    path: Path
+    spec: ModelSpec
+    fixed_input: tuple[int | None, int | None, int | None]
+    """Batch, height and width that the graph insists on; None where any will do."""
+    parallel: int
+    """Calls of `infer` that are worth having in progress at once."""
+
+    def infer(self, canvases: ImageArray) -> list[FloatArray]:
+        """Raw heads of canvases (B, H, W, 3) uint8 BGR: a level each, (B, na, h, w, 5 + nc) float32.
+
+        May be called from several threads. The arrays belong to the caller.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give the memory back; `infer` must not be called again."""
+        ...
+
+
+class GraphBackend(ABC):
+    """What the backends share: the checks around one native call."""
+
+    name: str
+    parallel = 1
+
+    def __init__(self, path: Path, spec: ModelSpec, inputs: list[TensorSpec], outputs: list[TensorSpec]) -> None:
+        check_graph(path, spec, inputs, outputs)
+        self.path = path
+        self.spec = spec
+        batch, height, width, _ = (side if side > 0 else None for side in inputs[0].shape)
+        self.fixed_input = (batch, height, width)
+        self._closed = False
+
+    def infer(self, canvases: ImageArray) -> list[FloatArray]:
+        """See `Backend.infer`. ValueError when the canvases do not fit the graph."""
+        if self._closed:
+            raise ValueError(f"{self.path}: this {self.name} backend is closed")
+        if canvases.dtype != np.uint8 or canvases.ndim != 4 or canvases.shape[3] != 3 or not canvases.size:
+            raise ValueError(f"canvases are (B, H, W, 3) uint8, not {canvases.shape} {canvases.dtype}")
+        if any(side % self.spec.stride_max for side in canvases.shape[1:3]):
+            raise ValueError(f"a canvas's sides are multiples of {self.spec.stride_max}: {canvases.shape}")
+        batch, *fixed = self.fixed_input
+        if any(want is not None and want != side for want, side in zip(fixed, canvases.shape[1:3], strict=True)):
+            raise ValueError(f"{self.path} was exported for canvases of {fixed}, not {canvases.shape[1:3]}")
+        images = np.ascontiguousarray(canvases)
+        if batch is None or batch == len(images):
+            return self._floats(images)
+        # A graph of a fixed batch runs in portions of it; the last one is filled up with zeros.
+        portions = []
+        for start in range(0, len(images), batch):
+            portion = images[start : start + batch]
+            filled = np.zeros((batch, *images.shape[1:]), np.uint8)
+            filled[: len(portion)] = portion
+            portions.append([head[: len(portion)] for head in self._floats(filled)])
+        return [np.concatenate(level) for level in zip(*portions, strict=True)]
+
+    def _floats(self, images: ImageArray) -> list[FloatArray]:
+        try:
+            heads = self._run(images)
+        except RuntimeError as error:
+            raise ArtifactError(
+                f"{self.path}: {self.name} failed on a batch of {images.shape}: {first_line(error)}"
+            ) from error
+        return [np.asarray(head, np.float32) for head in heads]
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._closed = True
+        self._release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @abstractmethod
+    def _run(self, images: ImageArray) -> list[NDArray[np.floating[Any]]]:
+        """The graph's outputs for a checked, contiguous batch, in new arrays; from any thread."""
+
+    @abstractmethod
+    def _release(self) -> None:
+        """Drop the native objects."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """One backend's place in the registry."""
+
+    package: str
+    """What must be installed."""
+    home: str
+    """Module and class, imported when chosen."""
+    suffixes: tuple[str, ...]
+
+
+_BACKENDS = {
+    "openvino": _Kind("openvino", "parkdet.runtime.backends.openvino:OpenVinoBackend", (".onnx", ".xml")),
+    "onnxruntime": _Kind("onnxruntime", "parkdet.runtime.backends.onnxruntime:OnnxRuntimeBackend", (".onnx",)),
+}
+"""In the order of preference: the first one that reads a suffix is its default."""
+
+BACKEND_NAMES = tuple(_BACKENDS)
+
+
+def resolve_artifact(path: str | os.PathLike[str]) -> Path:
+    """The file to open: the path itself, or the .xml inside an OpenVINO folder.
+
+    UsageError when nothing is there or no backend reads such a file; ArtifactError for a folder without
+    exactly one model.
+    """
+    artifact = Path(path)
+    if not artifact.exists():
+        raise UsageError(f"{artifact}: there is no such file or folder")
+    if artifact.is_dir():
+        models = sorted(artifact.glob("*.xml"))
+        if len(models) != 1:
+            raise ArtifactError(f"{artifact}: an OpenVINO folder holds one .xml file, this one {len(models)}")
+        artifact = models[0]
+    suffix = artifact.suffix.lower()
+    if suffix == ".pt":
+        raise UsageError(f"{artifact}: is a checkpoint; export it first: parkdet export --weights {artifact}")
+    if not any(suffix in kind.suffixes for kind in _BACKENDS.values()):
+        raise UsageError(
+            f"{artifact}: no backend reads '{suffix or artifact.name}' files; these can be opened: "
+            ".onnx (" + ", ".join(name for name, kind in _BACKENDS.items() if ".onnx" in kind.suffixes) + "), "
+            ".xml or its folder (openvino)"
+        )
+    return artifact
+
+
+def open_backend(
+    path: str | os.PathLike[str],
+    backend: str | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    goal: Goal = "throughput",
+) -> GraphBackend:
+    """Open an artifact: `.onnx`, or an OpenVINO `.xml` or the folder of one.
+
+    Without `backend` an ONNX file opens with OpenVINO. `threads` is the model's share of the processor,
+    by default all of the process's CPU set. `goal` is what to be fast at: many images, or one at a time;
+    the numbers are the same. UsageError for what the caller named wrongly; ArtifactError for
+    a file that is empty, damaged or does not describe itself.
+    """
+    if device not in DEVICES:
+        raise UsageError(f"device '{device}': this version runs on {', '.join(DEVICES)}")
+    if backend is not None and backend not in _BACKENDS:
+        raise UsageError(f"backend '{backend}' is not one of {', '.join(_BACKENDS)}")
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads must be at least 1, not {threads}")
+    artifact = resolve_artifact(path)
+    suffix = artifact.suffix.lower()
+    readers = [name for name, kind in _BACKENDS.items() if suffix in kind.suffixes]
+    name = backend or readers[0]
+    if name not in readers:
+        raise UsageError(f"{artifact}: backend '{name}' does not read '{suffix}'; {', '.join(readers)} does")
+    kind = _BACKENDS[name]
+    if find_spec(kind.package) is None:
+        others = [other for other in readers if other != name and find_spec(_BACKENDS[other].package)]
+        hint = f", or choose --backend {others[0]}" if others else ""
+        raise UsageError(f"{kind.package} is not installed: pip install 'parkdet[cpu]'{hint}")
+    module, _, class_name = kind.home.partition(":")
+    opener: type[GraphBackend] = getattr(import_module(module), class_name)
+    try:
+        return opener(artifact, threads=threads or available_cpus(), goal=goal)  # type: ignore[call-arg]
+    except ParkdetError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        raise ArtifactError(
+            f"{artifact}: {name} cannot open it ({first_line(error)}); run 'parkdet export' again"
+        ) from error
+
+
+def available_cpus() -> int:
+    """Processors that this process may use: its CPU set where the system has one, not the whole machine."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def spec_from_metadata(path: Path, metadata: dict[str, str]) -> ModelSpec:
+    """The model spec in an artifact's metadata; ArtifactError with the remedy when it has none."""
+    text = metadata.get(SPEC_KEY)
+    if text is None:
+        raise ArtifactError(
+            f"{path}: does not describe itself (no '{SPEC_KEY}' in its metadata); make it with 'parkdet export'"
+        )
+    return ModelSpec.from_json(text, str(path))
+
+
+def check_graph(path: Path, spec: ModelSpec, inputs: list[TensorSpec], outputs: list[TensorSpec]) -> None:
+    """ArtifactError unless the graph takes uint8 (B, H, W, 3) and returns the raw heads of its spec."""
+    takes = ", ".join(f"{i.dtype} {i.shape}" for i in inputs)
+    image = inputs[0] if len(inputs) == 1 else None
+    if image is None or image.dtype != "uint8" or len(image.shape) != 4 or image.shape[3] not in (3, -1):
+        raise ArtifactError(
+            f"{path}: takes {takes}, parkdet runs graphs that take uint8 (B, H, W, 3); "
+            "run 'parkdet export' again without --input"
+        )
+    if spec.tta:
+        # Heads of three views, some levels dropped: their number is the exporter's.
+        return
+    per_cell, channels = (-1, spec.anchors_per_cell), (-1, spec.num_outputs)
+    fits = len(outputs) == len(spec.strides) and all(
+        len(head.shape) == 5 and head.shape[1] in per_cell and head.shape[4] in channels
+        and head.dtype in ("float32", "float16")
+        for head in outputs
+    )  # fmt: skip
+    if not fits:
+        returns = ", ".join(f"{o.dtype} {o.shape}" for o in outputs)
+        raise ArtifactError(
+            f"{path}: returns {returns}; its spec has {len(spec.strides)} levels of raw heads "
+            f"(B, {spec.anchors_per_cell}, h, w, {spec.num_outputs}); run 'parkdet export' again without --head"
+        )
+
+
+def first_line(error: BaseException) -> str:
+    """What a native library says, without its traceback: the first line that is not a source location."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if not line.startswith("Exception from ")]
+    return (telling or lines or [type(error).__name__])[0]

@@ -1,0 +1,102 @@
+"""`parkdet infer`: an artifact and images to a run folder of predictions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command("infer", short_help="Detect objects in images: weights and images to predictions.")
+@click.option(
+    "--weights",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Exported model: .onnx, or an OpenVINO .xml or its folder.",
+)
+@click.option("--data", type=click.Path(path_type=Path), metavar="DIR", help="Data set in the contest's layout.")
+@click.option(
+    "--split",
+    type=click.Choice(["test", "train"]),
+    default="test",
+    show_default=True,
+    help="Which images of --data.",
+)
+@click.option(
+    "--source",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Instead of --data: a folder of images, or one image. Ids count from 1 by name; images.json has them.",
+)
+@click.option(
+    "--imgsz",
+    "--img-size",
+    type=click.IntRange(min=32),
+    help="Length in pixels to which the long side is scaled.  [default: the model's]",
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Images a call of the model. On the CPU 1 is as fast as more: several calls run side by side.",
+)
+@click.option(
+    "--conf-thres",
+    type=click.FloatRange(0, 1),
+    default=0.01,
+    show_default=True,
+    help="Objectness and score must be larger.",
+)
+@click.option(
+    "--iou-thres",
+    type=click.FloatRange(0, 1),
+    default=0.7,
+    show_default=True,
+    help="IoU above which the lower of two boxes goes.",
+)
+@click.option("--max-det", type=click.IntRange(min=1), default=50, show_default=True, help="Detections an image.")
+@click.option("--best-class-only", is_flag=True, help="One class a box. By default one for every class that passes.")
+@click.option("--agnostic-nms", is_flag=True, help="Boxes of different classes suppress one another.")
+@click.option("--backend", metavar="NAME", help="openvino or onnxruntime.  [default: openvino]")
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    help="Processors for the model.  [default: all that this process may use]",
+)
+@click.option("--device", default="cpu", show_default=True, help="Where the model runs.")
+@click.option(
+    "--project",
+    type=click.Path(path_type=Path),
+    default=Path("runs/detect"),
+    show_default=True,
+    help="Folder of the run folders.",
+)
+@click.option("--name", default="exp", show_default=True, help="Run folder; a number is added when it is taken.")
+@click.option("--exist-ok", is_flag=True, help="Use the folder --name itself, or stop if another run has it.")
+@click.option("--fresh", is_flag=True, help="Begin a new run even if an equal one can be continued.")
+def infer(
+    weights: Path, conf_thres: float, iou_thres: float, best_class_only: bool, agnostic_nms: bool,
+    **options: object,
+) -> None:  # fmt: skip
+    """Detect objects in all images and store the predictions in a run folder.
+
+    A run that was interrupted goes on where it stopped: the same command again finds the newest
+    folder of that --name with the same model, settings and images and does only what is missing
+    (and tries images again that could not be read). A finished run is left as it is; --fresh
+    begins a new one. Other settings or images get a new folder: exp, exp2, exp3, ...
+
+    Exit code: 0 done, 1 done but for images that could not be read, or the folder is in use,
+    2 usage, 130 interrupted with the work so far saved.
+    """
+    from parkdet.runtime.inference import InferOptions, run_inference
+
+    asked = InferOptions(
+        conf=conf_thres,
+        iou=iou_thres,
+        multi_label=not best_class_only,
+        agnostic=agnostic_nms,
+        **options,  # type: ignore[arg-type]
+    )
+    run_inference(weights, asked).raise_unfinished()

@@ -1,0 +1,127 @@
+"""The detector as a program uses it: an artifact in, detections in image pixels out."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from parkdet.runtime.backends.base import open_backend
+from parkdet.runtime.detections import Detections
+from parkdet.runtime.errors import UsageError
+from parkdet.runtime.geometry import ImageArray, Letterbox
+from parkdet.runtime.images import list_images, read_image
+from parkdet.runtime.model_spec import ModelSpec
+from parkdet.runtime.nms import NmsSettings
+from parkdet.runtime.pipeline import fit_letterbox, post_process, refuse_unfit_views
+
+Picture = ImageArray | str | os.PathLike[str]
+"""An image: BGR (h, w, 3) uint8 as OpenCV reads it, or the path of a file."""
+
+
+class Detector:
+    """An exported model, ready for pictures.
+
+        detector = Detector("best.onnx")
+        for box, score, class_id in detector("street.jpg"):
+            print(detector.spec.class_names[class_id], score, box)
+
+    The defaults are those for looking at pictures; the contest's are conf=0.01, iou=0.7, max_det=50,
+    multi_label=True. May be called from several threads. `with` or `close` gives the memory back.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        conf: float = 0.25,
+        iou: float = 0.45,
+        max_det: int = 300,
+        multi_label: bool = False,
+        agnostic: bool = False,
+        tta: bool = False,
+        device: str = "cpu",
+        backend: str | None = None,
+        imgsz: int | None = None,
+    ) -> None:
+        """Open `path`: an .onnx file, or an OpenVINO .xml file or its folder.
+
+        `imgsz` is the length to which an image's long side is scaled, by default the one the model was made
+        for. UsageError for a setting, device or path that cannot be, or for test-time augmentation that
+        the artifact was exported without; ArtifactError for a damaged artifact.
+        """
+        try:
+            self.nms = NmsSettings(conf=conf, iou=iou, max_det=max_det, multi_label=multi_label, agnostic=agnostic)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        if imgsz is not None and imgsz < 1:
+            raise UsageError(f"imgsz must be at least 1, not {imgsz}")
+        self._backend = open_backend(path, backend, device, goal="latency")
+        try:
+            refuse_unfit_views(self._backend.spec, tta, path)
+        except UsageError:
+            self._backend.close()
+            raise
+        self.imgsz = imgsz or self._backend.spec.imgsz
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What the model is: class names, category ids, strides, image size."""
+        return self._backend.spec
+
+    def __call__(self, image: Picture) -> Detections:
+        """Detections of one image, in its pixels. DataError when a file cannot be read."""
+        return self.batch([image])[0]
+
+    def batch(self, images: Iterable[Picture]) -> list[Detections]:
+        """Detections of several images, each in its own pixels; images of one canvas size run together."""
+        pictures = [_pixels(image) for image in images]
+        letterboxes = [fit_letterbox((image.shape[0], image.shape[1]), self.imgsz, self._backend) for image in pictures]
+        groups: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
+        for index, letterbox in enumerate(letterboxes):
+            groups[letterbox.canvas_hw].append(index)
+        found: dict[int, Detections] = {}
+        for indices in groups.values():
+            found.update(zip(indices, self._infer(indices, pictures, letterboxes), strict=True))
+        return [found[index] for index in range(len(pictures))]
+
+    def folder(self, folder: str | os.PathLike[str]) -> Iterator[tuple[Path, Detections]]:
+        """The images directly in a folder, sorted by name, each with its detections.
+
+        UsageError at once when there are none; DataError at an image that cannot be read.
+        """
+        paths = list_images(folder)
+        return ((path, self(path)) for path in paths)
+
+    def close(self) -> None:
+        """Give the model's memory back."""
+        self._backend.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _infer(self, indices: list[int], pictures: list[ImageArray], letterboxes: list[Letterbox]) -> list[Detections]:
+        canvases = np.stack([letterboxes[index].apply(pictures[index]) for index in indices])
+        heads = self._backend.infer(canvases)
+        done = post_process(heads, self.spec, self.nms, [letterboxes[index] for index in indices])
+        return [detections for detections, _ in done]
+
+
+def _pixels(image: Picture) -> ImageArray:
+    if not isinstance(image, np.ndarray):
+        return read_image(image)
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
+        raise UsageError(f"an image is BGR (h, w, 3) uint8 with at least one pixel, not {image.shape} {image.dtype}")
+    return image

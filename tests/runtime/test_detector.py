@@ -1,0 +1,142 @@
+"""The detector as programs use it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+from parkdet.runtime import Detections, Detector, Letterbox, decode_heads, non_max_suppression
+from parkdet.runtime.errors import ArtifactError, DataError, UsageError
+from parkdet.runtime.geometry import ImageArray
+
+Picture = Callable[..., ImageArray]
+
+
+def _same(a: Detections, b: Detections) -> None:
+    np.testing.assert_array_equal(a.xyxy, b.xyxy)
+    np.testing.assert_array_equal(a.scores, b.scores)
+    np.testing.assert_array_equal(a.class_ids, b.class_ids)
+
+
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
+@pytest.mark.parametrize("image_hw", [(60, 90), (333, 200), (1, 1), (20, 700)])
+def test_detections_are_those_of_the_model_in_image_pixels(
+    tiny_model: Any, tiny_onnx: Path, picture: Picture, backend: str, image_hw: tuple[int, int]
+) -> None:
+    image = picture(*image_hw)
+    with Detector(tiny_onnx, conf=0.05, backend=backend) as detector:
+        found = detector(image)
+    letterbox = Letterbox.fit(image_hw, 96, 16)
+    decoded = decode_heads(tiny_model.heads(letterbox.apply(image)[None]), tiny_model.spec)[0]
+    on_canvas = non_max_suppression(decoded, 0.05, 0.45, 300, multi_label=False)
+    expected, _ = on_canvas.moved(letterbox.to_image(on_canvas.xyxy))
+    assert len(found) == len(expected) > 0
+    # The model's sums differ in the last places; a box's side may be 4 anchors of 100 pixels.
+    np.testing.assert_allclose(found.scores, expected.scores, atol=1e-4)
+    np.testing.assert_allclose(found.xyxy, expected.xyxy, atol=0.05 * max(1, max(image_hw) / 96))
+    assert found.xyxy.min() >= 0
+    assert (found.xyxy <= [image_hw[1], image_hw[0]] * 2).all()
+
+
+def test_no_images_give_no_detections(tiny_onnx: Path) -> None:
+    with Detector(tiny_onnx) as detector:
+        assert detector.batch([]) == []
+
+
+def test_nothing_found_is_empty_detections(tiny_onnx: Path, picture: Picture) -> None:
+    with Detector(tiny_onnx, conf=1.0) as detector:
+        _same(detector(picture(50, 60)), Detections.empty())
+
+
+def test_paths_arrays_batches_and_folders_agree(tiny_onnx: Path, picture: Picture, tmp_path: Path) -> None:
+    images = [picture(60, 90, 1), picture(90, 60, 2), picture(60, 90, 3), picture(40, 40, 4)]
+    names = ["d.png", "b 나.png", "a.PNG", "c.png"]
+    for name, image in zip(names, images, strict=True):
+        cv2.imencode(".png", image)[1].tofile(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no image")
+    with Detector(tiny_onnx, conf=0.05) as detector:
+        single = [detector(image) for image in images]
+        for one, other in zip(single, detector.batch(images), strict=True):
+            _same(one, other)
+        _same(single[1], detector(tmp_path / "b 나.png"))
+        _same(single[1], detector(os.fspath(tmp_path / "b 나.png")))
+        in_folder = dict(detector.folder(tmp_path))
+        assert [path.name for path in in_folder] == ["a.PNG", "b 나.png", "c.png", "d.png"]
+        for name, one in zip(names, single, strict=True):
+            _same(in_folder[tmp_path / name], one)
+        with ThreadPoolExecutor(4) as pool:
+            for one, other in zip(single * 3, pool.map(detector, images * 3), strict=True):
+                _same(one, other)
+
+
+def test_settings_reach_the_suppression(tiny_onnx: Path, picture: Picture) -> None:
+    image = picture(80, 80)
+    counts = {}
+    cases: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "max_det": {"max_det": 2},
+        "multi": {"multi_label": True},
+        "agnostic": {"agnostic": True},
+        "strict": {"conf": 0.4},
+        "loose": {"iou": 0.95},
+        "large": {"imgsz": 192},
+    }
+    for name, settings in cases.items():
+        with Detector(tiny_onnx, **{"conf": 0.05, **settings}) as detector:
+            counts[name] = len(detector(image))
+    assert counts["max_det"] == 2
+    assert counts["multi"] > counts["plain"] > counts["agnostic"]
+    assert counts["strict"] < counts["plain"] < counts["loose"]
+    assert counts["large"] > counts["plain"]
+
+
+def test_a_graph_of_fixed_size_takes_every_image(tiny_model: Any, tmp_path: Path, picture: Picture) -> None:
+    path = tiny_model.save(tmp_path / "fixed.onnx", fixed=(2, 64, 96))
+    with Detector(path, conf=0.05) as detector:
+        found = detector.batch([picture(60, 90), picture(200, 50), picture(60, 90, 1)])
+    assert all(len(detections) for detections in found)
+    assert (found[1].xyxy <= [50, 200, 50, 200]).all()
+
+
+def test_what_cannot_be_is_refused_with_the_remedy(
+    tiny_onnx: Path, tmp_path: Path, random_tiny_model: Callable[..., Any]
+) -> None:
+    with pytest.raises(UsageError, match="export again with --tta"):
+        Detector(tiny_onnx, tta=True)
+    views = random_tiny_model(tta=True).save(tmp_path / "views.onnx")
+    for tta in (True, False):
+        with pytest.raises(UsageError, match="export again without --tta"):
+            Detector(views, tta=tta)
+    (tmp_path / "best.pt").touch()
+    with pytest.raises(UsageError, match=r"parkdet export --weights .*best\.pt"):
+        Detector(tmp_path / "best.pt")
+    with pytest.raises(UsageError, match=r"device 'tpu'.*cpu"):
+        Detector(tiny_onnx, device="tpu")
+    with pytest.raises(UsageError, match="conf and iou"):
+        Detector(tiny_onnx, conf=1.5)
+    with pytest.raises(UsageError, match="imgsz"):
+        Detector(tiny_onnx, imgsz=0)
+    with pytest.raises(UsageError, match="no such file"):
+        Detector(tmp_path / "none.onnx")
+    (tmp_path / "empty.onnx").touch()
+    with pytest.raises(ArtifactError, match="zero bytes"):
+        Detector(tmp_path / "empty.onnx")
+
+
+def test_what_is_no_image_is_refused(tiny_onnx: Path, tmp_path: Path, picture: Picture) -> None:
+    with Detector(tiny_onnx) as detector:
+        grey, floats = picture(9, 9)[:, :, 0], picture(9, 9).astype(np.float32)
+        for wrong in (grey, floats, picture(9, 9)[:0]):
+            with pytest.raises(UsageError, match="BGR"):
+                detector(wrong)  # type: ignore[arg-type]
+        with pytest.raises(DataError, match="does not exist"):
+            detector(tmp_path / "none.png")
+        with pytest.raises(UsageError, match="holds no images"):
+            detector.folder(tmp_path)

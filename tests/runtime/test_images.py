@@ -1,0 +1,144 @@
+"""Image files: what OpenCV decodes, checked before, with errors that name the file."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from parkdet.runtime.errors import DataError, UsageError
+from parkdet.runtime.geometry import ImageArray
+from parkdet.runtime.images import list_images, read_image
+
+Picture = Callable[..., ImageArray]
+
+
+def _png_with_size(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    pixels = chunk(b"IDAT", zlib.compress(b"\0" * 100))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + pixels + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "LA", "1", "CMYK", "I;16"])
+def test_every_pixel_layout_becomes_what_cv2_makes_of_it(tmp_path: Path, picture: Picture, mode: str) -> None:
+    rgb = Image.fromarray(picture(31, 47))
+    image = Image.fromarray(np.asarray(rgb.convert("L"), np.uint16) * 257) if mode == "I;16" else rgb.convert(mode)
+    path = tmp_path / ("주간.실외 1.jpg" if mode == "CMYK" else "주간.실외 1.png")
+    image.save(path)
+    pixels = read_image(path)
+    assert pixels.shape == (31, 47, 3)
+    assert pixels.dtype == np.uint8
+    np.testing.assert_array_equal(pixels, cv2.imread(os.fspath(path), cv2.IMREAD_COLOR))
+    if mode in ("RGB", "P", "1", "L", "I;16"):  # an independent decoder, where both mean the same thing
+        other = rgb.convert("L" if mode == "I;16" else mode).convert("RGB")
+        np.testing.assert_array_equal(pixels[:, :, ::-1], np.asarray(other))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(tmp_path: Path, picture: Picture, orientation: int) -> None:
+    from PIL import ImageOps
+
+    image = Image.fromarray(picture(24, 40))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "turned.png"
+    image.save(path, exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    np.testing.assert_array_equal(read_image(path)[:, :, ::-1], np.asarray(upright))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("zero.png", b"", "zero bytes"),
+        ("text.jpg", b"this is a text, not a picture\n" * 9, "not a PNG"),
+        ("huge.png", _png_with_size(30_000, 30_000), "900,000,000 pixels"),
+        ("damaged.png", _png_with_size(64, 64), "damaged"),
+    ],
+)
+def test_what_is_no_image_is_refused_with_file_and_reason(
+    tmp_path: Path, name: str, content: bytes, reason: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=reason) as caught:
+        read_image(path)
+    assert str(caught.value).startswith(str(path))
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"gone\.png: does not exist"):
+        read_image(tmp_path / "gone.png")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".bmp", ".webp"])
+@pytest.mark.parametrize("keep", [0.02, 0.5, 0.97])
+def test_a_truncated_file_is_refused(tmp_path: Path, picture: Picture, suffix: str, keep: float) -> None:
+    encoded = cv2.imencode(suffix, picture(90, 120))[1].tobytes()
+    path = tmp_path / f"cut{suffix}"
+    path.write_bytes(encoded[: int(len(encoded) * keep)])
+    with pytest.raises(DataError, match=f"cut{suffix}: is cut off"):
+        read_image(path)
+
+
+def test_the_pixel_limit_counts_pixels_and_decodes_nothing(
+    tmp_path: Path, picture: Picture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.png"
+    cv2.imwrite(os.fspath(path), picture(10, 20))
+    assert read_image(path, max_pixels=200).shape == (10, 20, 3)
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(DataError, match="20 x 10 is 200 pixels, more than the limit of 199"):
+        read_image(path, max_pixels=199)
+
+
+def test_a_folder_lists_its_images_by_name(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such file or folder"):
+        list_images(tmp_path / "nowhere")
+    with pytest.raises(UsageError, match="holds no images"):
+        list_images(tmp_path)
+    for name in ("b.PNG", "a.jpg", "a.b.jpeg", "notes.txt"):
+        (tmp_path / name).touch()
+    (tmp_path / "folder.png").mkdir()
+    assert [path.name for path in list_images(tmp_path)] == ["a.b.jpeg", "a.jpg", "b.PNG"]
+    assert list_images(tmp_path / "a.jpg") == [tmp_path / "a.jpg"]
+
+
+def test_decoders_do_not_write_to_the_terminal_and_everything_else_does(tmp_path: Path, picture: Picture) -> None:
+    profile = io.BytesIO()
+    Image.fromarray(picture(20, 20)).save(profile, "PNG", icc_profile=b"\0" * 200)
+    (tmp_path / "profile.png").write_bytes(profile.getvalue())
+    (tmp_path / "damaged.png").write_bytes(_png_with_size(64, 64))
+    program = (
+        "import os, sys\n"
+        "from parkdet.runtime.images import read_image\n"
+        "from parkdet.runtime.terminal import quiet_decoders\n"
+        "from parkdet.runtime.errors import DataError\n"
+        "with quiet_decoders():\n"
+        "    read_image('profile.png')\n"
+        "    try: read_image('damaged.png')\n"
+        "    except DataError: print('from python', file=sys.stderr)\n"
+        "    os.write(2, b'from a library\\nwithout an end')\n"
+        "print('after', file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "libpng" not in done.stderr
+    for line in ("from python", "from a library", "without an end", "after"):
+        assert line in done.stderr
+    # The same without the block, so that the test would notice a decoder that has become silent by itself.
+    loud = program.replace("with quiet_decoders():", "if True:")
+    done = subprocess.run([sys.executable, "-c", loud], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "libpng" in done.stderr
