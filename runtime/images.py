@@ -12,9 +12,6 @@ from parkdet.runtime.geometry import ImageArray
 from parkdet.runtime.image_headers import read_header
 from parkdet.runtime.image_names import IMAGE_EXTENSIONS
 
-IMAGE_SUFFIXES = tuple(sorted(IMAGE_EXTENSIONS))
-"""Suffixes, in lower case, by which a folder's images are found; one that `read_image` cannot read is told."""
-
 MAX_PIXELS = 500_000_000
 """Width times height above which an image is refused before it is decoded: 1.5 GB as BGR."""
 
@@ -64,9 +61,11 @@ def list_images(source: str | os.PathLike[str]) -> list[Path]:
     if not path.is_dir():
         raise UsageError(f"{path}: there is no such file or folder")
     images = sorted(
-        (entry for entry in path.iterdir() if entry.suffix.lower() in IMAGE_SUFFIXES and not entry.is_dir()),
+        (entry for entry in path.iterdir() if entry.suffix.lower() in IMAGE_EXTENSIONS and not entry.is_dir()),
         key=lambda entry: entry.name,
     )
     if not images:
-        raise UsageError(f"{path}: holds no images, files ending in {', '.join(IMAGE_SUFFIXES)} (not in subfolders)")
+        raise UsageError(
+            f"{path}: holds no images, files ending in {', '.join(sorted(IMAGE_EXTENSIONS))} (not in subfolders)"
+        )
     return images
