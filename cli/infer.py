@@ -48,11 +48,11 @@ def _images_of(options: dict[str, Any]) -> Path | None:
     return source if source is not None and source.is_dir() else None
 
 
-@click.pass_context
-def _infer(context: click.Context, weights: Path, **options: Any) -> None:
+def _infer(**options: Any) -> None:
+    weights: Path = options.pop("weights")
     if weights.suffix.lower() == ".pt":
         weights = exported(weights, _images_of(options))
-    context.invoke(infer_artifact, weights=weights, **options)
+    click.get_current_context().invoke(infer_artifact, weights=weights, **options)
 
 
 infer = click.Command(

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from parkdet.runtime.errors import UsageError
 from parkdet.runtime.model_spec import SPEC_KEY, ModelSpec, TensorSpec
-from parkdet.train.model.layers import Conv
 from parkdet.train.model.network import Yolov5
 
 if TYPE_CHECKING:
@@ -33,12 +32,9 @@ class GraphSource(nn.Module):
     def __init__(self, network: Yolov5):
         super().__init__()
         self.network = network.fused().float()
-        first = self.network.model[0]
-        if not isinstance(first, Conv):
-            raise UsageError("only networks whose first layer is a convolution can be exported")
         with torch.no_grad():
             # OpenCV decodes to BGR, the network was trained on RGB: reversing the weights costs nothing.
-            first.conv.weight.copy_(first.conv.weight.flip(1))
+            self.network.first_conv.weight.copy_(self.network.first_conv.weight.flip(1))
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """uint8 (B, H, W, 3) BGR canvases to raw heads."""

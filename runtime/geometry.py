@@ -128,7 +128,7 @@ class Letterbox:
         """Boxes (N, 4), xyxy: canvas to image pixels, clipped to the image. Each axis has its own ratio."""
         boxes = (np.asarray(canvas_xyxy, np.float32).reshape(-1, 4) - self._offset()) / self._scale()
         height, width = self.image_hw
-        return np.clip(boxes, 0, np.array([width, height, width, height], np.float32)).astype(np.float32)
+        return np.asarray(np.clip(boxes, 0, np.array([width, height, width, height], np.float32)), np.float32)
 
     def _scale(self) -> FloatArray:
         y, x = self.resized_hw[0] / self.image_hw[0], self.resized_hw[1] / self.image_hw[1]

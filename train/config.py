@@ -13,7 +13,6 @@ from parkdet.runtime.errors import UsageError
 from parkdet.runtime.settings import Settings, load_settings, parse_overrides
 from parkdet.train.data.augment import AugmentSettings
 
-
 MetricTerm = Literal["map", "map50", "map75"]
 CONTEST_METRIC: dict[MetricTerm, float] = {"map50": 0.1, "map75": 0.9}
 """How the contest's reference chose its best checkpoint."""

@@ -63,7 +63,8 @@ class StageTrainer:
         s = job.settings
         self.job, self.say = job, say
         # Channels last is the layout that convolutions compute in, on CPUs and GPUs alike.
-        self.network = job.network.to(job.device, memory_format=torch.channels_last).float()
+        self.network = job.network.to(job.device).float()
+        self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # its stub lacks this form
         self.network.requires_grad_(True)
         self.loader = TrainingLoader(
             TrainingSet(job.train_samples, s.imgsz, s, s.seed, s.cache),
@@ -181,7 +182,7 @@ class StageTrainer:
         if s.save_period and (self.epoch + 1) % s.save_period == 0:
             self._save(self.job.folder / "weights" / f"epoch{self.epoch}.pt")
         if validation is not None:
-            fitness = metric(validation.evaluation, self.job.val.metric)
+            fitness = metric(validation.evaluation, {str(key): weight for key, weight in self.job.val.metric.items()})
             # Without any truth AP is not a number, and the first weights stay the best.
             if fitness > self.best_fitness:
                 self.best_fitness = fitness

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+
 from parkdet.export.canvases import generated_canvases
 from parkdet.export.config import ExportOptions
 from parkdet.export.exporter import export_onnx
@@ -34,11 +35,12 @@ def network() -> Yolov5:
     with torch.no_grad():
         for _ in range(4):
             made(torch.rand(2, 3, 128, 128))
-        for conv in made.detect.m:
-            bias = conv.bias.view(3, -1)  # type: ignore[union-attr]
+        for conv in made.head_convs:
+            assert conv.bias is not None
+            bias = conv.bias.view(3, -1)
             bias[:, 4] = 0.0
             bias[:, 5:] = 2.0
-            conv.weight *= 6  # type: ignore[operator]
+            conv.weight.mul_(6)
     return made.eval()
 
 
@@ -131,7 +133,7 @@ def not_finite(heads: list[Any]) -> list[Any]:
 
 
 @pytest.mark.parametrize("fault", [swapped_anchor, shifted_box, lower_scores, rolled_class, not_finite])
-def test_a_planted_fault_is_found(network: Yolov5, fault: Any) -> None:
+def test_a_planted_fault_is_found(network: Yolov5, fault: Callable[[list[Any]], list[Any]]) -> None:
     heads = torch_heads(network)
 
     def faulty(canvases: np.ndarray[Any, Any]) -> Sequence[Any]:
@@ -163,8 +165,8 @@ def test_the_file_bears_its_name_only_after_the_gate(
         def __init__(self, network: Yolov5):
             super().__init__(network)
             with torch.no_grad():
-                first = self.network.model[0].conv.weight
-                first.copy_(first.flip(1))  # type: ignore[operator, union-attr]
+                first = self.network.first_conv.weight
+                first.copy_(first.flip(1))
 
     monkeypatch.setattr(graph_module, "GraphSource", Unswapped)
     with pytest.raises(GateError, match=r"not the checkpoint's.*best\.onnx\.rejected"):
@@ -179,6 +181,6 @@ def test_the_file_bears_its_name_only_after_the_gate(
 
 def test_partners_are_of_one_class_and_taken_once() -> None:
     wanted = Detections.sorted([[0, 0, 10, 10], [0, 0, 10, 10]], [0.9, 0.8], [0, 1])
-    found = Detections.sorted([[0, 0, 10, 10], [0, 0, 10, 10.2]], [0.9, 0.8], [0, 0])
+    found = Detections.sorted(np.array([[0, 0, 10, 10], [0, 0, 10, 10.2]]), [0.9, 0.8], [0, 0])
     assert match(wanted, found) == [(0, 0)]
     assert match(Detections.empty(), found) == []

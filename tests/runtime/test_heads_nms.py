@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+
 from parkdet.runtime import Detections, ModelSpec, decode_heads, non_max_suppression
 from parkdet.runtime.heads import Candidates, decode_candidates
 from parkdet.runtime.nms import MAX_CANDIDATES, NmsSettings, suppress
@@ -35,9 +36,9 @@ def spec_of(num_classes: int, levels: int = 4) -> ModelSpec:
 def random_heads(rng: np.random.Generator, spec: ModelSpec, batch: int = 2, cells: int = 2) -> list[NDArray[Any]]:
     levels = len(spec.strides)
     return [
-        rng.normal(0, 2, (batch, 3, cells << (levels - 1 - i), (cells + 1) << (levels - 1 - i), spec.num_outputs)).astype(
-            np.float32
-        )
+        rng.normal(
+            0, 2, (batch, 3, cells << (levels - 1 - i), (cells + 1) << (levels - 1 - i), spec.num_outputs)
+        ).astype(np.float32)
         for i in range(levels)
     ]
 

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+
 from parkdet.runtime import Detections, ModelSpec
 from parkdet.runtime.errors import ArtifactError
 from parkdet.runtime.model_spec import TensorSpec
@@ -26,7 +27,9 @@ def test_a_spec_comes_back_from_its_json() -> None:
     assert "승용차" in SPEC.to_json()
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 99}', "null", SPEC.to_json().replace("strides", "strudes")])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"version": 99}', "null", SPEC.to_json().replace("strides", "strudes")]
+)
 def test_a_damaged_spec_names_its_place_and_the_remedy(text: str) -> None:
     with pytest.raises(ArtifactError, match=r"^here: .*parkdet export"):
         ModelSpec.from_json(text, "here")

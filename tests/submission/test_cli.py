@@ -44,8 +44,13 @@ def set_sample(data: Path, keys: tuple[str, ...]) -> None:
     (data / "sample_submission.json").write_text(json.dumps([dict.fromkeys(keys, 0)]))
 
 
-def write_run(folder: Path, images: tuple[int, ...] = tuple(NAMES), **changes: NDArray[Any]) -> Path:
-    """A run folder with 40 detections of each image; `changes` replaces columns."""
+def write_run(
+    folder: Path,
+    images: tuple[int, ...] = tuple(NAMES),
+    failed: tuple[int, ...] = tuple(NAMES),
+    **changes: NDArray[Any],
+) -> Path:
+    """A run with 40 detections in each of `images`; others of `failed` were unreadable; `changes` replaces columns."""
     rng = np.random.default_rng(0)
     results = []
     for image_id in images:
@@ -59,7 +64,7 @@ def write_run(folder: Path, images: tuple[int, ...] = tuple(NAMES), **changes: N
         unread = [
             FailedImage(image_id=key, file_name=name, reason="truncated")
             for key, name in NAMES.items()
-            if key not in images
+            if key in failed and key not in images
         ]
         store.write(results, unread)
     return folder
@@ -151,12 +156,22 @@ def test_predictions_that_a_judge_would_refuse_leave_the_old_file(
     assert not [path for path in run.iterdir() if path.name.endswith(".tmp")]
 
 
-def test_a_run_that_lacks_images_says_which_and_why(run_cli: RunCli, tmp_path: Path, data: Path) -> None:
-    run = write_run(tmp_path / "run", images=(101,))
+def test_a_run_that_is_not_finished_says_how_much_is_missing(run_cli: RunCli, tmp_path: Path, data: Path) -> None:
+    run = write_run(tmp_path / "run", images=(101,), failed=())
     code, _, err = run_cli("submit", "--predictions", run, "--data", data)
     assert code == 1
-    assert "2 of 3 test images have no predictions, e.g. b.c.png (truncated)" in err
+    assert "2 of 3 test images are not done yet, e.g. b.c.png" in err
     assert not (run / "submission.json").exists()
+
+
+def test_images_that_could_not_be_read_are_named_and_the_rest_is_written(
+    run_cli: RunCli, tmp_path: Path, data: Path
+) -> None:
+    run = write_run(tmp_path / "run", images=(101,))
+    code, _, err = run_cli("submit", "--predictions", run, "--data", data)
+    assert code == 0
+    assert "2 of 3 test images could not be read and have no entries, e.g. b.c.png (truncated)" in err
+    assert {entry["image_id"] for entry in json.loads((run / "submission.json").read_text())} == {101}
 
 
 def test_a_limit_below_an_empty_list_is_refused(run_cli: RunCli, tmp_path: Path, data: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from parkdet.runtime.errors import ArtifactError, ParkdetError, UsageError
 from parkdet.train import load_checkpoint, save_checkpoint
 from parkdet.train.model.network import Yolov5, build_network
@@ -48,9 +49,9 @@ def test_weights_beyond_float16_are_kept_as_they_are(network: Yolov5, tmp_path: 
 
     large = copy.deepcopy(network)
     with torch.no_grad():
-        large.model[0].conv.weight[0, 0, 0, 0] = 1e6
+        large.first_conv.weight[0, 0, 0, 0] = 1e6
     save_checkpoint(tmp_path / "large.pt", large)
-    assert load_checkpoint(tmp_path / "large.pt").model.model[0].conv.weight[0, 0, 0, 0] == 1e6
+    assert load_checkpoint(tmp_path / "large.pt").model.first_conv.weight[0, 0, 0, 0] == 1e6
 
 
 def test_a_write_that_fails_leaves_the_old_file(
@@ -72,7 +73,7 @@ def test_a_write_that_fails_leaves_the_old_file(
 
 def public_classes() -> dict[str, type]:
     """Modules named as in a YOLOv5 clone, made for pickling and taken away before reading."""
-    import torch.nn as nn
+    from torch import nn
 
     made = {}
     for module, names in (("models.yolo", ("Model", "Detect")), ("models.common", ("Conv",))):
@@ -84,7 +85,7 @@ def public_classes() -> dict[str, type]:
     return made
 
 
-def write_public(path: Path, network: Yolov5, change: Callable[[dict[str, object]], None] = lambda _: None) -> None:
+def write_public(path: Path, network: Yolov5, change: Callable[[dict[str, object]], object] = lambda _: None) -> None:
     """A file in the public layout of 2022 (`models.yolo.Model`, float16), holding the network's weights."""
     made = public_classes()
     try:
@@ -107,7 +108,13 @@ def write_public(path: Path, network: Yolov5, change: Callable[[dict[str, object
             "backbone": architecture[:12], "head": architecture[12:],
         }  # fmt: skip
         root.names = ["차", "bus"]
-        content: dict[str, object] = {"epoch": -1, "best_fitness": None, "model": root.half(), "ema": None, "date": "2022"}
+        content: dict[str, object] = {
+            "epoch": -1,
+            "best_fitness": None,
+            "model": root.half(),
+            "ema": None,
+            "date": "2022",
+        }
         change(content)
         torch.save(content, path)
     finally:
@@ -145,7 +152,7 @@ def test_the_public_layout_opens_without_its_classes(network: Yolov5, tmp_path: 
 
 
 def test_what_is_missing_in_a_public_file_is_named(network: Yolov5, tmp_path: Path) -> None:
-    cases: list[tuple[Callable[[dict[str, object]], None], str]] = [
+    cases: list[tuple[Callable[[dict[str, object]], object], str]] = [
         (lambda content: content.pop("model"), "neither"),
         (lambda content: delattr(content["model"], "yaml"), "'yaml'"),
         (lambda content: delattr(content["model"], "names"), "'names'"),

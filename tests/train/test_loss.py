@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from parkdet.runtime.model_spec import ModelSpec
 from parkdet.train.model.loss import DetectionLoss, complete_iou, scaled_gains
 
@@ -81,27 +82,40 @@ def loop_loss(heads: list[torch.Tensor], targets: torch.Tensor, anchor_t: float,
                     i = min(max(int(gy - offset_y * 0.5), 0), rows - 1)
                     raw = head[int(image), a, i, j].tolist()
                     s = [1 / (1 + math.exp(-value)) for value in raw[:4]]
-                    predicted = [2 * s[0] - 0.5, 2 * s[1] - 0.5, (2 * s[2]) ** 2 * aw / stride, (2 * s[3]) ** 2 * ah / stride]
+                    predicted = [
+                        2 * s[0] - 0.5,
+                        2 * s[1] - 0.5,
+                        (2 * s[2]) ** 2 * aw / stride,
+                        (2 * s[3]) ** 2 * ah / stride,
+                    ]
                     ciou = loop_ciou(predicted, [gx - j, gy - i, gw, gh])
                     matches.append((int(image), a, i, j, int(class_id), ciou))
         wanted = torch.zeros(head.shape[:4])
         if matches:
             total += sum(1 - m[5] for m in matches) / len(matches)
             class_terms = [
-                bce(head[m[0], m[1], m[2], m[3], 5 + c].item(), float(c == m[4]), cls_pw) for m in matches for c in range(3)
+                bce(head[m[0], m[1], m[2], m[3], 5 + c].item(), float(c == m[4]), cls_pw)
+                for m in matches
+                for c in range(3)
             ]
             total += sum(class_terms) / len(class_terms)
             for m in matches:
                 wanted[m[:4]] = max(m[5], 0)
-        terms = [bce(x, y, obj_pw) for x, y in zip(head[..., 4].flatten().tolist(), wanted.flatten().tolist(), strict=True)]
+        terms = [
+            bce(x, y, obj_pw) for x, y in zip(head[..., 4].flatten().tolist(), wanted.flatten().tolist(), strict=True)
+        ]
         total += sum(terms) / len(terms) * (4.0, 1.0, 0.4)[level]
     return total * heads[0].shape[0]
 
 
-@pytest.mark.parametrize(("count", "anchor_t", "cls_pw", "obj_pw"), [(0, 4, 1, 1), (1, 4, 1, 1), (12, 2.91, 0.631, 0.911)])
+@pytest.mark.parametrize(
+    ("count", "anchor_t", "cls_pw", "obj_pw"), [(0, 4, 1, 1), (1, 4, 1, 1), (12, 2.91, 0.631, 0.911)]
+)
 def test_the_loss_is_the_specifications(count: int, anchor_t: float, cls_pw: float, obj_pw: float) -> None:
     heads, targets = heads_of(count), targets_of(count, count)
-    loss, parts = DetectionLoss(SPEC, box=1, cls=1, obj=1, anchor_t=anchor_t, cls_pw=cls_pw, obj_pw=obj_pw)(heads, targets)
+    loss, parts = DetectionLoss(SPEC, box=1, cls=1, obj=1, anchor_t=anchor_t, cls_pw=cls_pw, obj_pw=obj_pw)(
+        heads, targets
+    )
     assert loss.shape == (1,)
     assert parts.shape == (3,)
     assert loss.item() == pytest.approx(loop_loss(heads, targets, anchor_t, cls_pw, obj_pw), rel=1e-4)
@@ -117,7 +131,9 @@ def test_gains_weigh_the_parts() -> None:
 
 def test_gains_are_scaled_by_levels_classes_and_size() -> None:
     assert scaled_gains(SPEC, 640) == pytest.approx({"box": 0.05, "cls": 0.5 * 3 / 80, "obj": 1.0})
-    four = ModelSpec(class_names=("x",) * 1, strides=(8, 16, 32, 64), anchors=SPEC.anchors + SPEC.anchors[:1], imgsz=256)
+    four = ModelSpec(
+        class_names=("x",) * 1, strides=(8, 16, 32, 64), anchors=SPEC.anchors + SPEC.anchors[:1], imgsz=256
+    )
     assert scaled_gains(four, 1280, 0.0296, 0.243, 0.301) == pytest.approx(
         {"box": 0.0296 * 0.75, "cls": 0.243 / 80 * 0.75, "obj": 0.301 * 4 * 0.75}
     )
@@ -126,7 +142,7 @@ def test_gains_are_scaled_by_levels_classes_and_size() -> None:
 def test_no_targets_still_train_the_objectness() -> None:
     heads = [head.requires_grad_() for head in heads_of(3)]
     loss, parts = DetectionLoss(SPEC)(heads, torch.zeros(0, 6))
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     assert parts[0] == parts[2] == 0
     assert all(head.grad is not None and head.grad[..., 4].abs().sum() > 0 for head in heads)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from parkdet.runtime import decode_heads
 from parkdet.runtime.errors import ArtifactError, UsageError
 from parkdet.train import DetectionLoss, forward_tta, load_checkpoint
@@ -46,11 +47,13 @@ def test_the_fixtures_loss_and_gradients(shared: Path, fixture: dict[str, np.nda
     loss, items = DetectionLoss(model.spec, box=0.0375, cls=0.065625, obj=0.12)(
         model(images), torch.from_numpy(fixture["targets"])
     )
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     np.testing.assert_allclose(loss.detach(), fixture["loss"], rtol=1e-4)
     np.testing.assert_allclose(items, fixture["loss_items"], rtol=1e-4)
-    gradients = {"grad_conv0": model.model[0].conv.weight.grad}
-    gradients |= {f"grad_head{level}_bias": model.detect.m[level].bias.grad for level in range(4)}
+    gradients = {"grad_conv0": model.first_conv.weight.grad}
+    gradients |= {
+        f"grad_head{level}_bias": conv.bias.grad for level, conv in enumerate(model.head_convs) if conv.bias is not None
+    }
     for name, gradient in gradients.items():
         assert np.abs(np.asarray(gradient) - fixture[name]).max() <= 1e-3 * np.abs(fixture[name]).max(), name
 

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from parkdet.train.config import TrainSettings, load_recipe
 from parkdet.train.ema import WeightAverage, ema_decay
 from parkdet.train.model.network import build_network
@@ -17,7 +18,10 @@ from parkdet.train.schedule import Schedule
 def test_the_contests_two_stages_by_closed_forms() -> None:
     # 21,650 training images / 15 parts = 1,443; at batch 2: 722 batches an epoch.
     batches = 722
-    expectations = {"baseline": (50, 0.01, 0.01, 0.937, 3 * 722, 0.8, 0.1), "finetune": (15, 0.0032, 0.12, 0.843, 2 * 722, 0.5, 0.05)}
+    expectations = {
+        "baseline": (50, 0.01, 0.01, 0.937, 3 * 722, 0.8, 0.1),
+        "finetune": (15, 0.0032, 0.12, 0.843, 2 * 722, 0.5, 0.05),
+    }
     for name, settings in load_recipe("contest").stage_settings():
         epochs, lr0, lrf, momentum, warmup, warm_momentum, warm_bias = expectations[name]
         schedule = Schedule(settings, batches)

@@ -76,6 +76,20 @@ class Yolov5(nn.Module):
         assert isinstance(layer, Detect)
         return layer
 
+    @property
+    def first_conv(self) -> nn.Conv2d:
+        """The convolution that sees the image."""
+        layer = self.model[0]
+        assert isinstance(layer, Conv)
+        return layer.conv
+
+    @property
+    def head_convs(self) -> tuple[nn.Conv2d, ...]:
+        """The last convolution of every level, finest first."""
+        convs = tuple(conv for conv in self.detect.m if isinstance(conv, nn.Conv2d))
+        assert len(convs) == len(self.spec.strides)
+        return convs
+
     def fused(self) -> Yolov5:
         """A copy in eval mode whose normalisations are folded into the convolutions."""
         network = copy.deepcopy(self).eval()
@@ -155,8 +169,8 @@ def set_prior_biases(network: Yolov5) -> None:
     Source: focal loss (arXiv 1708.02002), section 3.3, as YOLOv5 applies it.
     """
     spec = network.spec
-    for conv, stride in zip(network.detect.m, spec.strides, strict=True):
-        assert isinstance(conv, nn.Conv2d) and conv.bias is not None
+    for conv, stride in zip(network.head_convs, spec.strides, strict=True):
+        assert conv.bias is not None
         bias = conv.bias.view(spec.anchors_per_cell, -1)
         bias[:, 4] += math.log(8 / (640 / stride) ** 2)
         bias[:, 5:] += math.log(0.6 / (spec.num_classes - 0.99999))
