@@ -81,9 +81,11 @@ def demo(seed: int, epochs: int | None, project: Path, name: str) -> None:
 
 
 def _draw(data: Path, seed: int) -> Path:
+    from parkdet.runtime.terminal import progress
     from parkdet.train.data.scenes import write_demo_data
 
-    write_demo_data(data, train=TRAIN_IMAGES, test=TEST_IMAGES, seed=seed)
+    with progress() as tell:
+        write_demo_data(data, train=TRAIN_IMAGES, test=TEST_IMAGES, seed=seed, on_drawn=tell)
     return data
 
 
@@ -135,4 +137,52 @@ def _submit(predictions: Path, data: Path, path: Path) -> Fit:
 def _page(
     folder: Path, data: ContestData, predictions: Path, fit: Fit, evaluation: Evaluation, stages: _Stages
 ) -> Path:
-    raise AssertionError((folder, data, predictions, fit, evaluation, stages))
+    import json
+
+    import numpy as np
+
+    from parkdet.cli.pictures import draw_detections
+    from parkdet.cli.report_page import Picture, ReportPage, SubmissionFigures, write_page
+    from parkdet.runtime.detections import Detections
+    from parkdet.runtime.geometry import xywh_to_xyxy
+    from parkdet.runtime.images import read_image
+    from parkdet.runtime.store import read_predictions
+
+    labels = data.train_labels()
+    class_of = {category: number for number, category in enumerate(labels.categories)}
+    truth: dict[int, list[list[float]]] = {}
+    for entry in json.loads((data.root / "test_ground_truth.json").read_text(encoding="utf-8"))["annotations"]:
+        truth.setdefault(entry["image_id"], []).append(entry["bbox"])
+    pictures = []
+    for record in data.test_images()[:PICTURES]:
+        assert record.path is not None
+        rows = fit.kept.filter(fit.kept["image_id"] == record.image_id)
+        detections = Detections.sorted(
+            xywh_to_xyxy(rows.select("x", "y", "w", "h").to_numpy().reshape(-1, 4)),
+            rows["score"].to_numpy(),
+            [class_of[category] for category in rows["category_id"].to_list()],
+        )
+        boxes = xywh_to_xyxy(np.array(truth.get(record.image_id, []), np.float32).reshape(-1, 4))
+        image = draw_detections(
+            read_image(record.path), detections, labels.class_names, truth_xyxy=boxes.astype(np.float32)
+        )
+        pictures.append(Picture(caption=record.file_name, image=image, shows_truth=True))
+    page = ReportPage(
+        title="parkdet demo: drawn parking lots",
+        facts=[
+            ("training scenes", f"{len(labels.records)}"),
+            ("test scenes", f"{len(data.test_images())}"),
+            ("mAP@.5 of the submission", f"{evaluation.map50:.3f}"),
+            ("submission", f"{fit.size_bytes:,} of {fit.limit_bytes:,} bytes"),
+            ("folder", str(folder)),
+        ],
+        pictures=pictures,
+        class_names=labels.class_names,
+        evaluation=evaluation,
+        results=folder / "train" / "results.csv",
+        stages=stages.seconds,
+        submission=SubmissionFigures.of_fit(fit, read_predictions(predictions), labels.categories),
+    )
+    path = folder / "report.html"
+    write_page(page, path)
+    return path

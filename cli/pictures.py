@@ -50,7 +50,7 @@ def draw_detections(
     width_px = line_width(image.shape[:2])
     if truth_xyxy is not None:
         for box in np.asarray(truth_xyxy, np.float32).reshape(-1, 4):
-            _draw_dashed(picture, box, max(1, width_px // 2))
+            _draw_dashed(picture, box, width_px // 2)
     shown = detections.select(detections.scores >= min_score)
     # The best last, so that it lies on top; labels after all boxes, so that no line crosses one.
     for box, _, class_id in reversed(list(shown)):
@@ -85,7 +85,7 @@ def class_colour(class_id: int) -> Bgr:
 
 def line_width(image_hw: tuple[int, int]) -> int:
     """Width of a box's line in pixels: 2 at 640 x 480, 4 at 1920 x 1080."""
-    return max(1, round(sum(image_hw) / 2 * 0.0028))
+    return max(2, round(sum(image_hw) / 2 * 0.0028))
 
 
 @cache
@@ -167,7 +167,8 @@ def _draw_dashed(picture: ImageArray, box: FloatArray, thickness: int) -> None:
     """White dashes with black between them: visible on any ground."""
     import cv2
 
-    x0, y0, x1, y1 = _line_corners(picture, box, thickness)
+    # A thin line between two pixels would be pale: it goes to the nearest one.
+    x0, y0, x1, y1 = (math.floor(corner + 0.5) for corner in _line_corners(picture, box, thickness))
     cv2.rectangle(picture, _fixed(x0, y0), _fixed(x1, y1), BLACK, thickness, cv2.LINE_AA, _SHIFT)
     dash = 5 * thickness
     for (ax, ay), (bx, by) in pairwise([(x0, y0), (x1, y0), (x1, y1), (x0, y1), (x0, y0)]):

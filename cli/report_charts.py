@@ -185,7 +185,7 @@ def submission_charts(figures: SubmissionFigures) -> list[Chart]:
             "customdata": [_text(share.name) for share in shares],
             "hovertemplate": "%{customdata}: %{x:,} bytes<extra></extra>",
         }
-        names = _name_axis([share.name for share in shares])
+        names = _name_axis([share.name for share in shares], least_rows=8)
         axis = {"tickformat": "~s", "ticksuffix": "B", "nticks": 6}
         figure = _figure([trace], xaxis=axis, yaxis=names, hovermode="closest", showlegend=False)
         charts.append(
@@ -315,13 +315,13 @@ def _epoch_axis() -> dict[str, Any]:
     return {"title": _title("epoch"), "tickformat": "d", "showgrid": False}
 
 
-def _name_axis(names: Sequence[str]) -> dict[str, Any]:
-    """Rows from the top, named."""
+def _name_axis(names: Sequence[str], least_rows: int = 1) -> dict[str, Any]:
+    """Rows from the top, named; room for at least so many, so that few bars are not thick ones."""
     return {
         "tickmode": "array",
         "tickvals": list(range(len(names))),
         "ticktext": [_text(name if len(name) <= 24 else f"{name[:23]}…") for name in names],
-        "range": [len(names) - 0.5, -0.5],
+        "range": [max(len(names), least_rows) - 0.5, -0.5],
         "ticklabelstandoff": 6,
         "showgrid": False,
     }

@@ -258,7 +258,7 @@ def _percent(share: float) -> str:
     """Rounded down: what is just under a limit does not read as if it were on it."""
     if not math.isfinite(share):
         return NO_NUMBER
-    return f"{math.floor(share * 1000) / 10:.1f}".removesuffix(".0") + " %"
+    return f"{math.floor(share * 1000) / 10:.1f} %"
 
 
 def _size(value: int) -> str:

@@ -88,14 +88,14 @@ def test_truth_is_drawn_in_black_and_white_under_the_detections(monkeypatch: pyt
     without_labels(monkeypatch)
     truth: FloatArray = np.array([[40.5, 40.5, 200.5, 180.5]], np.float32)
     line = draw_detections(grey(), Detections.empty(), NAMES, truth_xyxy=truth)[40, 45:195]
-    assert (line == 255).all(axis=1).sum() > 40 and (line == 0).all(axis=1).sum() > 40
+    assert (line >= 230).all(axis=1).sum() > 40 and (line <= 25).all(axis=1).sum() > 40
     both = draw_detections(grey(), one((40.5, 40.5, 200.5, 180.5)), NAMES, truth_xyxy=truth)[40, 45:195]
     assert (np.abs(both.astype(int) - class_colour(0)) <= 60).all()
 
 
 def test_lines_grow_with_the_image() -> None:
     widths = [line_width((side * 9, side * 16)) for side in (1, 40, 120, 240)]
-    assert widths == sorted(widths) and widths[0] == 1 and widths[-1] > widths[1] + 4
+    assert widths == sorted(widths) and widths[0] == 2 and widths[-1] > widths[1] + 4
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_the_whole_label_is_inside_the_image(
     chip = picture[y : y + height, x : x + width].astype(int)
     # The chip is filled, its letters are on it and do not touch its border.
     assert (np.abs(chip - class_colour(0)) <= 8).all(axis=2).mean() > 0.5
-    ink = (chip == pictures._ink_on(class_colour(0))).all(axis=2)
+    ink = np.asarray((np.abs(chip - pictures._ink_on(class_colour(0))) <= 80).all(axis=2))
     assert ink.sum() > 30
     assert not ink[0].any() and not ink[-1].any() and not ink[:, 0].any() and not ink[:, -1].any()
 
@@ -144,7 +144,7 @@ def test_the_whole_label_is_inside_the_image(
 def test_an_image_too_small_for_letters_has_the_box_alone() -> None:
     image = grey(12, 12)
     drawn = changed(image, draw_detections(image, one((2, 2, 10, 10)), NAMES))
-    assert drawn.any() and not drawn[4:8, 4:8].any()
+    assert drawn.any() and not drawn[5:7, 5:7].any()
 
 
 def test_labels_of_neighbours_do_not_cover_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
