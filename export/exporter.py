@@ -102,7 +102,8 @@ def _read(paths: list[Path], spec: ModelSpec, canvas_hw: tuple[int, int] | None)
 
 def _line(report: ParityReport) -> str:
     return (
-        f"{report.detections} detections, {report.unmatched} unmatched, IoU p1 {report.iou_p1:.5f}, "
+        f"{report.detections} detections, {report.unmatched} unmatched, {report.reordered} reordered by NMS, "
+        f"IoU p1 {report.iou_p1:.5f}, "
         f"score difference p99 {report.score_p99:.6f}, AP@.75 {report.ap75:.4f}, raw heads {report.head_max:.2g}"
     )
 

@@ -45,18 +45,18 @@ import click
 @click.option(
     "--conf-thres",
     type=click.FloatRange(0, 1),
-    default=0.01,
-    show_default=True,
-    help="Objectness and score must be larger.",
+    help="Objectness and score must be larger.  [default: the model's, 0.01 in the contest]",
 )
 @click.option(
     "--iou-thres",
     type=click.FloatRange(0, 1),
-    default=0.7,
-    show_default=True,
-    help="IoU above which the lower of two boxes goes.",
+    help="IoU above which the lower of two boxes goes.  [default: the model's, 0.7 in the contest]",
 )
-@click.option("--max-det", type=click.IntRange(min=1), default=50, show_default=True, help="Detections an image.")
+@click.option(
+    "--max-det",
+    type=click.IntRange(min=1),
+    help="Detections an image.  [default: the model's, 50 in the contest]",
+)
 @click.option("--best-class-only", is_flag=True, help="One class a box. By default one for every class that passes.")
 @click.option("--agnostic-nms", is_flag=True, help="Boxes of different classes suppress one another.")
 @click.option("--backend", metavar="NAME", help="openvino or onnxruntime.  [default: openvino]")
@@ -77,7 +77,7 @@ import click
 @click.option("--exist-ok", is_flag=True, help="Use the folder --name itself, or stop if another run has it.")
 @click.option("--fresh", is_flag=True, help="Begin a new run even if an equal one can be continued.")
 def infer(
-    weights: Path, conf_thres: float, iou_thres: float, best_class_only: bool, agnostic_nms: bool,
+    weights: Path, conf_thres: float | None, iou_thres: float | None, best_class_only: bool, agnostic_nms: bool,
     **options: object,
 ) -> None:  # fmt: skip
     """Detect objects in all images and store the predictions in a run folder.

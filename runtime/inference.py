@@ -13,6 +13,7 @@ from parkdet.runtime.backends.base import Backend, open_backend, resolve_artifac
 from parkdet.runtime.contest import ContestData
 from parkdet.runtime.errors import DataError, Interrupted, UsageError
 from parkdet.runtime.images import list_images
+from parkdet.runtime.model_spec import ModelSpec
 from parkdet.runtime.nms import NmsSettings
 from parkdet.runtime.pipeline import STAGES, ImageItem, Pipeline, PipelineReport, PipelineSettings
 from parkdet.runtime.run_folder import next_run_folder
@@ -43,9 +44,10 @@ class InferOptions:
     imgsz: int | None = None
     """Length of the long side; the model's own when None."""
     batch_size: int = 1
-    conf: float = 0.01
-    iou: float = 0.7
-    max_det: int = 50
+    conf: float | None = None
+    """Post-processing; what the model was validated with when None."""
+    iou: float | None = None
+    max_det: int | None = None
     multi_label: bool = True
     agnostic: bool = False
     backend: str | None = None
@@ -98,22 +100,21 @@ def run_inference(artifact: Path, options: InferOptions) -> InferReport:
         raise UsageError("give the images with --data or with --source, one of the two")
     if options.fresh and options.exist_ok:
         raise UsageError("--fresh begins a new folder and --exist-ok keeps to one: give one of the two")
-    try:
-        nms = NmsSettings(
-            conf=options.conf, iou=options.iou, max_det=options.max_det,
-            multi_label=options.multi_label, agnostic=options.agnostic,
-        )  # fmt: skip
-    except ValueError as error:
-        raise UsageError(str(error)) from error
     path = resolve_artifact(artifact)
     items = _images(options)
     with open_backend(path, options.backend, options.device, options.threads) as backend:
+        nms = _nms_settings(options, backend.spec)
         settings = PipelineSettings(nms=nms, imgsz=options.imgsz or backend.spec.imgsz, batch_size=options.batch_size)
         pipeline = Pipeline(backend, settings)
         fingerprint = fingerprint_of(backend, settings, items)
         file_bytes = {item.image_id: item.file_bytes() for item in items}
         folder = _run_folder(options, fingerprint, file_bytes)
         click.echo(f"Run folder: {folder}")
+        click.echo(
+            f"model: {path.name} on {backend.name}, long side {settings.imgsz} px, conf {nms.conf:g}, "
+            f"IoU {nms.iou:g}, at most {nms.max_det} an image",
+            err=True,
+        )
         with RunStore(folder, fingerprint, file_bytes) as store:
             for message in store.messages:
                 click.echo(message, err=True)
@@ -138,6 +139,19 @@ def run_inference(artifact: Path, options: InferOptions) -> InferReport:
     _print_summary(report)
     click.echo(f"Run folder: {folder}")
     return report
+
+
+def _nms_settings(options: InferOptions, spec: ModelSpec) -> NmsSettings:
+    try:
+        return NmsSettings(
+            conf=spec.conf if options.conf is None else options.conf,
+            iou=spec.iou if options.iou is None else options.iou,
+            max_det=spec.max_det if options.max_det is None else options.max_det,
+            multi_label=options.multi_label,
+            agnostic=options.agnostic,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def fingerprint_of(backend: Backend, settings: PipelineSettings, items: list[ImageItem]) -> Fingerprint:

@@ -36,6 +36,12 @@ class ModelSpec:
     """Width and height in canvas pixels of every anchor of every level."""
     imgsz: int
     """Length in pixels to which the image's long side is scaled."""
+    conf: float = 0.01
+    """Post-processing that the model was validated with, and runs with unless told otherwise: score threshold,"""
+    iou: float = 0.7
+    """IoU above which the lower of two boxes goes,"""
+    max_det: int = 50
+    """and detections kept an image. The defaults are the contest's."""
     precision: str = "fp32"
     """Precision of the weights as stored: fp32, fp16 or int8."""
     tta: bool = False
@@ -59,6 +65,8 @@ class ModelSpec:
             raise ValueError(f"strides must be positive and ascend: {self.strides}")
         if len({len(level) for level in self.anchors}) != 1 or not self.anchors[0]:
             raise ValueError("every level must have the same number of anchors")
+        if not (0 <= self.conf <= 1 and 0 <= self.iou <= 1 and self.max_det >= 1):
+            raise ValueError(f"conf {self.conf}, iou {self.iou}, max_det {self.max_det} cannot be")
         if self.imgsz < 1:
             raise ValueError(f"imgsz must be positive, not {self.imgsz}")
 

@@ -70,8 +70,30 @@ def non_max_suppression(
     return suppress(Candidates(rows[index], index), settings)[0]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class RankedCandidates:
+    """What enters the greedy pass: one row a candidate, best score first, at most MAX_CANDIDATES."""
+
+    xyxy: FloatArray
+    """(K, 4) canvas pixels."""
+    scores: FloatArray
+    class_ids: NDArray[np.int32]
+    keys: NDArray[np.int64]
+    """(K,) `anchor * nc + class`: which output of the network this is."""
+    found: int
+    """Candidates before the limit."""
+
+
 def suppress(candidates: Candidates, settings: NmsSettings) -> tuple[Detections, NmsCounts]:
     """Detections in canvas pixels of one image's candidates, and what the caps did."""
+    ranked = rank(candidates, settings)
+    kept, stopped = greedy(ranked, settings)
+    counts = NmsCounts(candidates=ranked.found, over_limit=max(ranked.found - MAX_CANDIDATES, 0), at_max_det=stopped)
+    return Detections(ranked.xyxy[kept], ranked.scores[kept], ranked.class_ids[kept]), counts
+
+
+def rank(candidates: Candidates, settings: NmsSettings) -> RankedCandidates:
+    """The candidates that pass, best score first, ties by key."""
     rows, class_ids, scores = _scored(candidates, settings)
     found = len(scores)
     if found > MAX_CANDIDATES:
@@ -81,11 +103,15 @@ def suppress(candidates: Candidates, settings: NmsSettings) -> tuple[Detections,
         kept = np.sort(np.concatenate((above, tied[: MAX_CANDIDATES - len(above)])))
         rows, class_ids, scores = rows[kept], class_ids[kept], scores[kept]
     order = np.argsort(-scores, kind="stable")
-    boxes = np.asarray(cxcywh_to_xyxy(candidates.decoded[rows[order], :4]), np.float32)
-    class_ids, scores = class_ids[order], scores[order]
-    survivors, stopped = _greedy(boxes, class_ids, settings)
-    counts = NmsCounts(candidates=found, over_limit=max(found - MAX_CANDIDATES, 0), at_max_det=stopped)
-    return Detections(boxes[survivors], scores[survivors], class_ids[survivors]), counts
+    rows, class_ids = rows[order], class_ids[order]
+    num_classes = candidates.decoded.shape[1] - 5
+    return RankedCandidates(
+        xyxy=np.asarray(cxcywh_to_xyxy(candidates.decoded[rows, :4]), np.float32),
+        scores=scores[order],
+        class_ids=class_ids,
+        keys=candidates.anchor_index[rows] * num_classes + class_ids,
+        found=found,
+    )
 
 
 def _scored(candidates: Candidates, settings: NmsSettings) -> tuple[NDArray[np.int64], NDArray[np.int32], FloatArray]:
@@ -105,8 +131,9 @@ def _scored(candidates: Candidates, settings: NmsSettings) -> tuple[NDArray[np.i
     return rows, class_ids.astype(np.int32), scores[rows, class_ids]
 
 
-def _greedy(xyxy: FloatArray, class_ids: NDArray[np.int32], settings: NmsSettings) -> tuple[NDArray[np.int64], bool]:
-    """Indices of the boxes kept, in order, and whether `max_det` was met with boxes left."""
+def greedy(ranked: RankedCandidates, settings: NmsSettings) -> tuple[NDArray[np.int64], bool]:
+    """Indices of the candidates kept, in order, and whether `max_det` was met with candidates left."""
+    xyxy, class_ids = ranked.xyxy, ranked.class_ids
     x1, y1, x2, y2 = xyxy.T
     area = (x2 - x1) * (y2 - y1)
     remaining = np.arange(len(xyxy))

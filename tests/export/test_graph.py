@@ -17,11 +17,12 @@ from parkdet.export.canvases import generated_canvases
 from parkdet.export.config import ExportOptions
 from parkdet.export.exporter import export_onnx
 from parkdet.export.graph import build_graph
-from parkdet.export.parity import LIMITS, compare, match, torch_heads
-from parkdet.runtime import Detections, ModelSpec
+from parkdet.export.parity import LIMITS, Side, compare, pair, torch_heads
+from parkdet.runtime import ModelSpec
 from parkdet.runtime.backends.base import open_backend
 from parkdet.runtime.errors import GateError, UsageError
 from parkdet.runtime.model_spec import SPEC_KEY
+from parkdet.runtime.nms import RankedCandidates
 from parkdet.train import save_checkpoint
 from parkdet.train.model.network import Yolov5, build_network
 
@@ -31,16 +32,18 @@ def network() -> Yolov5:
     """Random weights whose heads are spread enough that there are detections of all scores."""
     torch.manual_seed(1)
     made = build_network("yolov5n6", ["a", "b", "c"], 320)
-    made.train()
     with torch.no_grad():
-        for _ in range(4):
-            made(torch.rand(2, 3, 128, 128))
+        # Fresh weights hardly look at the image; these carry its signal to the heads.
+        for module in made.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        made.train()
+        for _ in range(20):
+            made(torch.rand(4, 3, 1, 1) * torch.rand(4, 3, 128, 128))
         for conv in made.head_convs:
             assert conv.bias is not None
             bias = conv.bias.view(3, -1)
-            bias[:, 4] = 0.0
-            bias[:, 5:] = 2.0
-            conv.weight.mul_(6)
+            bias[:, 4], bias[:, 5:] = -1.0, 1.0
     return made.eval()
 
 
@@ -179,8 +182,40 @@ def test_the_file_bears_its_name_only_after_the_gate(
     ]  # fmt: skip
 
 
-def test_partners_are_of_one_class_and_taken_once() -> None:
-    wanted = Detections.sorted([[0, 0, 10, 10], [0, 0, 10, 10]], [0.9, 0.8], [0, 1])
-    found = Detections.sorted(np.array([[0, 0, 10, 10], [0, 0, 10, 10.2]]), [0.9, 0.8], [0, 0])
-    assert match(wanted, found) == [(0, 0)]
-    assert match(Detections.empty(), found) == []
+def side(keys: list[int], boxes: list[list[float]], scores: list[float], kept: list[int]) -> Side:
+    ranked = RankedCandidates(
+        xyxy=np.array(boxes, np.float32).reshape(-1, 4),
+        scores=np.array(scores, np.float32),
+        class_ids=np.array(keys, np.int32) % 3,
+        keys=np.array(keys, np.int64),
+        found=len(keys),
+    )
+    return Side(ranked, np.array(kept, np.int64))
+
+
+BOX, NEAR, FAR = [0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, 10.5], [5.0, 5.0, 15.0, 15.0]
+
+
+def test_partners_are_the_same_output_and_overlap() -> None:
+    none = side([], [], [], [])
+    assert len(pair(none, none).wanted) == 0
+    found = pair(side([4, 7], [BOX, FAR], [0.9, 0.8], [0, 1]), side([7, 4], [FAR, NEAR], [0.9, 0.8], [0, 1]))
+    assert sorted(zip(found.wanted.tolist(), found.found.tolist(), strict=True)) == [(0, 1), (1, 0)]
+    assert found.reordered == 0
+
+
+def test_a_moved_box_or_a_missing_output_is_unmatched() -> None:
+    moved = pair(side([4], [BOX], [0.9], [0]), side([4], [FAR], [0.9], [0]))
+    assert (moved.unmatched_wanted.tolist(), moved.unmatched_found.tolist()) == ([0], [0])
+    missing = pair(side([4], [BOX], [0.9], [0]), side([5], [BOX], [0.9], [0]))
+    assert (len(missing.unmatched_wanted), len(missing.unmatched_found)) == (1, 1)
+    low = pair(side([4], [BOX], [0.09], [0]), side([], [], [], []))
+    assert len(low.unmatched_wanted) == 0
+
+
+def test_a_near_tie_that_nms_decides_the_other_way_is_compared_all_the_same() -> None:
+    wanted = side([4, 7], [BOX, NEAR], [0.800001, 0.8], [0])
+    found = side([7, 4], [NEAR, BOX], [0.800001, 0.8], [0])
+    result = pair(wanted, found)
+    assert (result.reordered, len(result.unmatched_wanted), len(result.unmatched_found)) == (2, 0, 0)
+    assert len(result.wanted) == 2
