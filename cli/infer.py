@@ -20,7 +20,8 @@ def exported(checkpoint: Path, images: Path | None) -> Path:
     from parkdet.train.checkpoint import file_sha256
 
     if not checkpoint.is_file():
-        raise UsageError(f"{checkpoint}: there is no such checkpoint")
+        found = "is not a file" if checkpoint.exists() else "there is no such file"
+        raise UsageError(f"{checkpoint}: {found}; name the checkpoint that 'parkdet train' printed")
     artifact = checkpoint.with_suffix(".onnx")
     if artifact.is_file():
         try:
@@ -32,7 +33,6 @@ def exported(checkpoint: Path, images: Path | None) -> Path:
         if same:
             click.echo(f"{artifact} was exported from this checkpoint and is used", err=True)
             return artifact
-    click.echo(f"exporting {checkpoint} first", err=True)
     options = ExportOptions(weights=checkpoint, calibration=images)
     return export_onnx(options, say=lambda line: click.echo(line, err=True))
 

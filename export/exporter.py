@@ -10,12 +10,13 @@ from pathlib import Path
 
 from parkdet.export.canvases import calibration_paths, canvas_of, generated_canvases
 from parkdet.export.config import ExportOptions
-from parkdet.export.graph import build_graph, save_graph
+from parkdet.export.graph import build_graph
 from parkdet.export.parity import LIMITS, ParityReport, compare
 from parkdet.runtime.backends.base import open_backend
 from parkdet.runtime.errors import DataError, GateError, UsageError
 from parkdet.runtime.geometry import ImageArray
 from parkdet.runtime.model_spec import ModelSpec
+from parkdet.runtime.shards import write_atomically
 from parkdet.train.checkpoint import Checkpoint, load_checkpoint
 
 Say = Callable[[str], None]
@@ -37,12 +38,15 @@ def export_onnx(options: ExportOptions, say: Say) -> Path:
     if options.imgsz is not None:
         network.spec = dataclasses.replace(network.spec, imgsz=options.imgsz)
     images, source = _gate_images(options, checkpoint)
+    say(f"exporting {options.weights}, {network.parameter_count():,} parameters")
 
     started = time.perf_counter()
     model = build_graph(network, options.canvas_hw, options.batch)
     rejected = output.with_suffix(".onnx.rejected")
     # Until the gate has passed the graph bears the name that warns of it.
-    save_graph(model, pending := output.with_name(f".{output.stem}.pending.onnx"))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    pending = output.with_name(f".{output.stem}.pending.onnx")
+    write_atomically(pending, model.SerializeToString())
     try:
         say(f"graph: {pending.stat().st_size / 1e6:.1f} MB in {time.perf_counter() - started:.1f} s")
         report = _prove(options, checkpoint, pending, images, say)
@@ -112,6 +116,4 @@ def _write_report(artifact: Path, report: ParityReport, source: str, passed: boo
     content = {"artifact": artifact.name, "passed": passed, "images": source, **report.as_dict()}
     content["images"] = f"{report.images} {source}"
     path = artifact.with_name(f"{artifact.name}.parity.json")
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())

@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import io
 import logging
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -77,20 +75,6 @@ def build_graph(network: Yolov5, canvas_hw: tuple[int, int] | None = None, batch
     model = program.model_proto
     _describe(model, spec, canvas_hw, batch)
     return model
-
-
-def save_graph(model: onnx.ModelProto, path: Path) -> None:
-    """Write a graph beside, sync, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(model.SerializeToString())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _describe(model: onnx.ModelProto, spec: ModelSpec, canvas_hw: tuple[int, int] | None, batch: int | None) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parkdet.runtime.errors import ArtifactError
+from parkdet.runtime.errors import ArtifactError, ParkdetError
 from parkdet.runtime.model_spec import ModelSpec
 from parkdet.train.import_yolov5 import network_from_public, read_pickled_archive
 from parkdet.train.model.layout import LayerRow
@@ -46,13 +46,21 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     where = Path(path)
     content = read_pickled_archive(where)
     ours = isinstance(content, Mapping) and content.get("format") == FORMAT
-    model = _network(content, where) if ours else network_from_public(content, where)
+    try:
+        model = _network(content, where) if ours else network_from_public(content, where)
+    except ParkdetError:
+        raise
+    except Exception as error:  # content that fits no rule can fail anywhere
+        raise ArtifactError(f"{where}: no network can be built of it ({type(error).__name__}: {error})") from error
     model.spec = dataclasses.replace(model.spec, checkpoint_sha256=file_sha256(where))
-    return Checkpoint(where, model, content.get("training") or {} if ours else {})
+    training = content.get("training") if ours else None
+    return Checkpoint(where, model, training if isinstance(training, Mapping) else {})
 
 
 def save_checkpoint(path: Path, model: Yolov5, training: Mapping[str, Any] | None = None) -> None:
     """Write a checkpoint: convolution weights in float16 as YOLOv5 keeps them, `training` as it is given.
+
+    All tensors are stored as the CPU's, or a machine without a GPU could not open the file.
 
     Written beside, synced, renamed: an older file at `path` survives any failure.
     """
@@ -62,7 +70,7 @@ def save_checkpoint(path: Path, model: Yolov5, training: Mapping[str, Any] | Non
         "spec": model.spec.to_json(),
         "rows": [dataclasses.asdict(row) for row in model.rows],
         "model": {name: _stored(tensor) for name, tensor in model.state_dict().items()},
-        "training": dict(training or {}),
+        "training": _on_cpu(training or {}),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -91,6 +99,16 @@ def _stored(tensor: Tensor) -> Tensor:
     return half if bool(torch.isfinite(half).all()) else kept
 
 
+def _on_cpu(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if isinstance(value, Mapping):
+        return {key: _on_cpu(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_on_cpu(inner) for inner in value)
+    return value
+
+
 def _network(content: Mapping[str, Any], where: Path) -> Yolov5:
     try:
         if content["version"] != VERSION:
@@ -100,8 +118,6 @@ def _network(content: Mapping[str, Any], where: Path) -> Yolov5:
             )
         rows = tuple(LayerRow(**{**row, "inputs": tuple(row["inputs"])}) for row in content["rows"])
         spec = ModelSpec.from_json(content["spec"], str(where))
-        model = Yolov5(rows, spec)
-        model.load_state_dict({name: tensor.float() for name, tensor in content["model"].items()})
+        return Yolov5.from_state(rows, spec, content["model"])
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise ArtifactError(f"{where}: not a whole parkdet checkpoint ({error}); train again") from error
-    return model.eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import click
@@ -19,7 +20,7 @@ def _say(line: str) -> None:
 @click.option("--weights", type=click.Path(path_type=Path), help="Checkpoint to start from, ours or YOLOv5's.")
 @click.option("--resume", type=click.Path(path_type=Path), metavar="RUN", help="Go on with a run that was stopped.")
 @click.option("--epochs", type=click.IntRange(min=1), help="Same as train.epochs=N.")
-@click.option("--imgsz", type=click.IntRange(min=32), help="Same as train.imgsz=N.")
+@click.option("--imgsz", type=click.IntRange(32, 16384), help="Same as train.imgsz=N.")
 @click.option("--batch-size", type=click.IntRange(min=1), help="Same as train.batch_size=N.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, or the number of a CUDA device.")
 @click.option("--workers", type=click.IntRange(min=0), default=1, show_default=True, help="Processes that load images.")
@@ -64,7 +65,10 @@ def train(
         raise UsageError("name the data set's folder with --data")
     recipe = load_recipe(config or "small", given)
     if weights is not None:
-        recipe = recipe.model_copy(update={"weights": str(weights.resolve())})
+        recipe = recipe.model_copy(update={"weights": str(weights)})
+    if recipe.weights is not None:
+        # The run may be resumed from another folder.
+        recipe = recipe.model_copy(update={"weights": str(Path(recipe.weights).resolve())})
     # What can be wrong with the input is found before a run folder is made.
     pick_device(device)
     read_training_data(data, recipe)
@@ -81,17 +85,17 @@ def train(
 @click.command()
 @click.option("--weights", required=True, type=click.Path(path_type=Path), help="Checkpoint, ours or YOLOv5's.")
 @click.option("--data", required=True, type=click.Path(path_type=Path), help=_DATA_HELP)
-@click.option("--config", default="small", show_default=True, help="Recipe whose split is validated on.")
-@click.option("--imgsz", type=click.IntRange(min=32), help="Long side in pixels.  [default: the checkpoint's]")
+@click.option("--config", help="Recipe whose split is validated on.  [default: the checkpoint's split, else small's]")
+@click.option("--imgsz", type=click.IntRange(32, 16384), help="Long side in pixels.  [default: the checkpoint's]")
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True)
-@click.option("--conf-thres", type=click.FloatRange(0, 1), help="[default: the recipe's]")
-@click.option("--iou-thres", type=click.FloatRange(0, 1), help="[default: the recipe's]")
-@click.option("--max-det", type=click.IntRange(min=1), help="[default: the recipe's]")
+@click.option("--conf-thres", type=click.FloatRange(0, 1), help="[default: the checkpoint's]")
+@click.option("--iou-thres", type=click.FloatRange(0, 1), help="[default: the checkpoint's]")
+@click.option("--max-det", type=click.IntRange(min=1), help="[default: the checkpoint's]")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, or the number of a CUDA device.")
 def val(
     weights: Path,
     data: Path,
-    config: str,
+    config: str | None,
     imgsz: int | None,
     batch_size: int,
     conf_thres: float | None,
@@ -103,20 +107,29 @@ def val(
     from parkdet.runtime.errors import UsageError
     from parkdet.runtime.evaluation import evaluation_table
     from parkdet.train.checkpoint import load_checkpoint
-    from parkdet.train.config import load_recipe
+    from parkdet.train.config import SplitSettings, ValSettings, load_recipe
     from parkdet.train.run import pick_device, read_training_data
     from parkdet.train.validate import validate
 
-    recipe = load_recipe(config)
+    for option, value in (("--conf-thres", conf_thres), ("--iou-thres", iou_thres)):
+        if value is not None and math.isnan(value):  # which a range of click's lets pass
+            raise UsageError(f"{option}: must be from 0 to 1, not {value}")
+    recipe = load_recipe(config or "small")
     checkpoint = load_checkpoint(weights)
+    if config is None and (split := checkpoint.training.get("split")):
+        recipe = recipe.model_copy(update={"split": SplitSettings.model_validate(split)})
     parts = read_training_data(data, recipe)
     if checkpoint.spec.class_names != parts.class_names:
         raise UsageError(
             f"{weights} knows the classes {', '.join(checkpoint.spec.class_names)}; "
             f"{data} has {', '.join(parts.class_names)}"
         )
-    given = {"conf": conf_thres, "iou": iou_thres, "max_det": max_det}
-    settings = recipe.val.model_copy(update={key: value for key, value in given.items() if value is not None})
+    spec = checkpoint.spec
+    settings = ValSettings(
+        conf=spec.conf if conf_thres is None else conf_thres,
+        iou=spec.iou if iou_thres is None else iou_thres,
+        max_det=spec.max_det if max_det is None else max_det,
+    )
     measured = validate(
         checkpoint.model.to(pick_device(device)), parts.val, settings,
         imgsz=imgsz or checkpoint.spec.imgsz, batch_size=batch_size,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, create_model, model_validator
 
@@ -74,7 +74,7 @@ class SplitSettings(Settings):
 
 
 class ValSettings(Settings):
-    """Post-processing in validation: the runtime's own."""
+    """Post-processing in validation: the runtime's own. The checkpoint records it, and inference uses it."""
 
     conf: float = Field(default=0.01, ge=0, le=1)
     iou: float = Field(default=0.7, ge=0, le=1)
@@ -87,7 +87,11 @@ class ValSettings(Settings):
 _StageFields: Any = create_model(
     "_StageFields",
     __base__=Settings,
-    **{name: (field.annotation | None, None) for name, field in TrainSettings.model_fields.items()},  # type: ignore[call-overload, operator]
+    **{  # type: ignore[call-overload]
+        # The bounds stand beside the type: without them a stage could say what `train` may not.
+        name: (Annotated[field.annotation, *field.metadata] | None if field.metadata else field.annotation | None, None)  # type: ignore[operator]
+        for name, field in TrainSettings.model_fields.items()
+    },
 )
 
 
@@ -151,11 +155,12 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     elif not path.is_file():
         raise UsageError(f"there is no recipe '{name_or_path}'; give a YAML file or one of {', '.join(shipped)}")
     recipe = load_settings(Recipe, path, overrides)
-    overridden = {
-        override.path[-1]
-        for override in parse_overrides(overrides, Recipe)
-        if override.path[:-1] == ("train",) and override.path[-1] in TrainSettings.model_fields
-    }
+    overridden: set[str] = set()
+    for override in parse_overrides(overrides, Recipe):
+        if override.path == ("train",):
+            overridden |= set(override.value)  # a mapping, or the recipe would not have loaded
+        elif override.path[:-1] == ("train",):
+            overridden.add(override.path[-1])
     stages = tuple(
         stage.model_copy(update={name: getattr(recipe.train, name) for name in overridden}) for stage in recipe.stages
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import pickletools
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -75,12 +76,21 @@ def read_pickled_archive(path: Path) -> Any:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
+            if len(set(names)) != len(names):
+                raise ArtifactError(f"{path}: two of its entries have one name; torch.save writes no such file")
+            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                raise ArtifactError(
+                    f"{path}: its entries are compressed or overlap, which torch.save does not do; "
+                    "save the checkpoint again with torch.save"
+                )
             pickled = [name for name in names if name.endswith("/data.pkl")]
             if len(pickled) != 1:
                 raise ArtifactError(f"{path}: a zip archive, but not one that torch.save wrote")
             if any(name.endswith("/constants.pkl") for name in names):
                 raise ArtifactError(f"{path}: a TorchScript archive; give the checkpoint it was exported from")
             return _Unpickler(archive, pickled[0].removesuffix("data.pkl"), path).load()
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read: {error.strerror or error}") from error
     except zipfile.BadZipFile as error:
         size = path.stat().st_size
         reason = "is empty" if size == 0 else "is not a zip archive, or was cut off"
@@ -96,7 +106,9 @@ def read_pickled_archive(path: Path) -> Any:
 
 class _Unpickler(pickle.Unpickler):
     def __init__(self, archive: zipfile.ZipFile, prefix: str, path: Path):
-        super().__init__(io.BytesIO(archive.read(f"{prefix}data.pkl")), encoding="utf-8")
+        program = archive.read(f"{prefix}data.pkl")
+        _check_memo(program, path)
+        super().__init__(io.BytesIO(program), encoding="utf-8")
         self._archive, self._prefix, self._path = archive, prefix, path
         self._storages: dict[str, _Storage] = {}
         self._builders: dict[tuple[str, str], Callable[..., Any]] = {
@@ -107,8 +119,12 @@ class _Unpickler(pickle.Unpickler):
             # The factory would be called by whoever looks a key up: an ordinary dict will do.
             ("collections", "defaultdict"): lambda *_: {},
             ("torch", "Size"): tuple,
+            # Bytes in NumPy's scalars and arrays (best_fitness is one), as pickle protocol 2 writes them.
+            ("_codecs", "encode"): _latin1_bytes,
+            ("__builtin__", "bytes"): lambda *_: b"",
             ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
             ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+            ("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter,
         }
 
     def find_class(self, module: str, name: str) -> Any:
@@ -139,12 +155,23 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _rebuild_tensor(storage: _Storage, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
-    # as_strided refuses what lies outside the storage.
-    return storage.values.as_strided(tuple(size), tuple(stride), offset).clone()
+    # as_strided refuses what lies outside the storage. A view, since one number can be expanded to any size.
+    return storage.values.as_strided(tuple(size), tuple(stride), offset)
 
 
 def _rebuild_parameter(data: Tensor, *_: Any) -> Tensor:
     return data
+
+
+def _latin1_bytes(text: Any, _encoding: Any = None) -> bytes:
+    return text.encode("latin1") if isinstance(text, str) else b""
+
+
+def _check_memo(program: bytes, path: Path) -> None:
+    """ArtifactError where the pickle numbers an object beyond its own length: a table of that size is allocated."""
+    for operation, argument, _ in pickletools.genops(program):
+        if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= int(argument or 0) <= len(program):
+            raise ArtifactError(f"{path}: refused: its pickle asks for a table of {argument} objects")
 
 
 def network_from_public(content: Any, where: Path) -> Yolov5:
@@ -164,9 +191,9 @@ def network_from_public(content: Any, where: Path) -> Yolov5:
     if not isinstance(layout, Mapping):
         raise ArtifactError(f"{where}: its model has no 'yaml', from which YOLOv5 networks are built")
     try:
-        state = dict(_tensors(model, ""))
+        state = dict(_tensors(model, "", set()))
     except (RecursionError, AttributeError, TypeError) as error:
-        raise ArtifactError(f"{where}: its modules do not form a tree ({type(error).__name__})") from error
+        raise ArtifactError(f"{where}: its modules are not YOLOv5's ({type(error).__name__}: {error})") from error
     rows = rows_from_public(layout, str(where))
     try:
         strides = level_strides(rows)
@@ -179,20 +206,23 @@ def network_from_public(content: Any, where: Path) -> Yolov5:
         class_names=names,
         strides=strides,
         anchors=tuple(tuple((round(w, 4), round(h, 4)) for w, h in level) for level in pixels.tolist()),
-        imgsz=1280 if len(strides) > 3 else 640,  # what the public files were trained at
+        imgsz=_trained_imgsz(content.get("opt"), strides),
     )
-    network = Yolov5(rows, spec)
-    expected = network.state_dict()
-    state = {name: tensor for name, tensor in state.items() if name in expected}
-    wrong = [name for name, tensor in expected.items() if name not in state or state[name].shape != tensor.shape]
-    if wrong:
-        raise ArtifactError(
-            f"{where}: {len(wrong)} of {len(expected)} tensors are missing or of another shape, first {wrong[0]}"
-        )
-    if any(not bool(torch.isfinite(tensor).all()) for tensor in state.values() if tensor.is_floating_point()):
+    try:
+        network = Yolov5.from_state(rows, spec, state)
+    except ValueError as error:
+        raise ArtifactError(f"{where}: {error}") from error
+    if any(not bool(torch.isfinite(tensor).all()) for tensor in network.state_dict().values()):
         raise ArtifactError(f"{where}: weights are not finite; the training that wrote them had diverged")
-    network.load_state_dict({name: tensor.to(expected[name].dtype) for name, tensor in state.items()})
-    return network.float().eval()
+    return network
+
+
+def _trained_imgsz(options: Any, strides: tuple[int, ...]) -> int:
+    """What a training's options say; without them the size that the public files were trained at."""
+    given = options.get("imgsz") if isinstance(options, Mapping) else getattr(options, "imgsz", None)
+    if isinstance(given, int) and not isinstance(given, bool) and given > 0:
+        return given
+    return 1280 if strides[-1] >= 64 else 640
 
 
 def _class_names(model: InertObject, where: Path) -> tuple[str, ...]:
@@ -204,14 +234,21 @@ def _class_names(model: InertObject, where: Path) -> tuple[str, ...]:
     return tuple(str(name) for name in names)
 
 
-def _tensors(module: Any, prefix: str) -> list[tuple[str, Tensor]]:
+def _tensors(module: Any, prefix: str, seen: set[int]) -> list[tuple[str, Tensor]]:
     """Parameters and buffers of a recorded module tree under the names its state dict would have."""
     found: list[tuple[str, Tensor]] = []
+    # Activations, which hold nothing, are shared by many layers; anything else met twice could multiply without end.
+    if any(getattr(module, table, None) for table in ("_parameters", "_buffers", "_modules")):
+        if id(module) in seen:
+            raise TypeError(f"{prefix.removesuffix('.')} is there twice")
+        seen.add(id(module))
     for table in ("_parameters", "_buffers"):
         for name, value in (getattr(module, table, None) or {}).items():
             if isinstance(value, Tensor):
                 found.append((f"{prefix}{name}", value))
     for name, child in (getattr(module, "_modules", None) or {}).items():
+        if name == "act" and type(child).__name__ != "SiLU":
+            raise TypeError(f"{prefix}act is a {type(child).__name__}, where YOLOv5 v6 has a SiLU")
         if child is not None:
-            found += _tensors(child, f"{prefix}{name}.")
+            found += _tensors(child, f"{prefix}{name}.", seen)
     return found

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import sys
 import threading
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -36,4 +37,6 @@ class StopSwitch:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        print("\nstopping after this batch; again to stop at once", file=sys.stderr, flush=True)
+        # Not through sys.stderr: the signal may have come while the same thread was writing there.
+        with suppress(OSError):
+            os.write(2, b"\nstopping after this batch; again to stop at once\n")

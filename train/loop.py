@@ -24,7 +24,7 @@ from parkdet.train.interrupt import StopSwitch
 from parkdet.train.model.loss import DetectionLoss, scaled_gains
 from parkdet.train.model.network import Yolov5
 from parkdet.train.optimizer import apply_plan, make_optimizer
-from parkdet.train.run_log import EpochLine, ResultsFile
+from parkdet.train.run_log import EpochLine, EventsFile, ResultsFile
 from parkdet.train.schedule import Schedule
 from parkdet.train.validate import Validation, validate
 
@@ -84,6 +84,7 @@ class StageTrainer:
             fl_gamma=s.fl_gamma, label_smoothing=s.label_smoothing,
         )  # fmt: skip
         self.results = ResultsFile(job.folder / "results.csv")
+        self.events: EventsFile | None = None
         self.epoch = self.batch = 0
         self.last_step = -1
         self.loss_sums = np.zeros(3)
@@ -98,6 +99,7 @@ class StageTrainer:
         """
         validation: Validation | None = None
         self.results.keep_before(self.epoch)
+        self.events = EventsFile(self.job.folder, self.epoch)
         with StopSwitch() as stop:
             try:
                 while self.epoch < self.job.settings.epochs:
@@ -109,6 +111,7 @@ class StageTrainer:
                         self._save_last()
             finally:
                 self.loader.close()
+                self.events.close()
         self._finish()
         return validation
 
@@ -138,9 +141,10 @@ class StageTrainer:
         numbers = parts.cpu().numpy()
         if not np.isfinite(numbers).all():
             names = "\n".join(f"  {Path(files[0]).name}" for files in batch.paths)
+            saved = f"{self.job.last} is from before" if self.job.last.is_file() else "nothing was saved yet"
             raise DataError(
                 f"the loss is not finite in epoch {self.epoch}, batch {self.batch}; the images were\n{names}\n"
-                "lower lr0 or look at these images; last.pt is from before"
+                f"lower lr0 or look at these images; {saved}"
             )
         self.precision.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         if step - self.last_step >= plan.accumulate:
@@ -178,12 +182,14 @@ class StageTrainer:
             by_class = validation.ap_by_class(self.network.spec)
             self.ap_per_class = np.array([by_class[i] for i in range(len(by_class))])
         rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.results.add(self.epoch, (self.loss_sums / max(self.batch, 1)).tolist(), validation, rates)
+        row = self.results.add(self.epoch, (self.loss_sums / max(self.batch, 1)).tolist(), validation, rates)
+        if self.events is not None:
+            self.events.add(row)
         if s.save_period and (self.epoch + 1) % s.save_period == 0:
             self._save(self.job.folder / "weights" / f"epoch{self.epoch}.pt")
         if validation is not None:
             fitness = metric(validation.evaluation, {str(key): weight for key, weight in self.job.val.metric.items()})
-            # Without any truth AP is not a number, and the first weights stay the best.
+            # Without any truth AP is not a number: nothing is best, and `_finish` takes the last weights.
             if fitness > self.best_fitness:
                 self.best_fitness = fitness
                 self._save(self.job.best)
@@ -205,6 +211,7 @@ class StageTrainer:
         }
         state = {
             "batch": self.batch,
+            "batches": self.batches,
             "last_step": self.last_step,
             "network": self.network.state_dict(),
             "average": self.average.network.state_dict(),
@@ -225,8 +232,13 @@ class StageTrainer:
             self._save(self.job.best)
 
     def resume_from(self, training: Mapping[str, Any]) -> None:
-        """Take over everything that `_save_last` kept."""
+        """Take over everything that `_save_last` kept. DataError where an epoch has another length now."""
         state = training["state"]
+        if int(state["batches"]) != self.batches:
+            raise DataError(
+                f"{self.job.last}: was stopped in epochs of {state['batches']} batches, now they have {self.batches}; "
+                "bring the data set back as it was, or begin anew with --weights"
+            )
         self.epoch, self.batch = int(training["epoch"]), int(state["batch"])
         self.last_step = int(state["last_step"])
         self.network.load_state_dict(state["network"])
@@ -248,7 +260,8 @@ class _Precision:
     def __init__(self, name: str, device: torch.device):
         if name in ("auto", "fast"):
             if device.type == "cuda":
-                name = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+                # From Ampere on; torch also counts older GPUs (a T4), which emulate it slowly.
+                name = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
             else:
                 # Without matrix instructions for it, bf16 is slower than fp32.
                 name = "bf16" if name == "fast" and torch.cpu._is_amx_tile_supported() else "fp32"

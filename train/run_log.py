@@ -7,7 +7,7 @@ import io
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -66,6 +66,26 @@ def _gpu_memory() -> str:
     return f"{used:.3g}G"
 
 
+class EventsFile:
+    """TensorBoard's view of results.csv: `tensorboard --logdir runs/train`."""
+
+    def __init__(self, folder: Path, first_epoch: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        # A resumed run draws its epochs again; those that the stopped one drew are to go.
+        self._writer = SummaryWriter(str(folder), purge_step=first_epoch or None)
+
+    def add(self, row: Mapping[str, float]) -> None:
+        """One epoch's row of results.csv, as `ResultsFile.add` returns it."""
+        for name, value in row.items():
+            if name != "epoch":
+                self._writer.add_scalar(name, value, int(row["epoch"]))
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
 class ResultsFile:
     """results.csv with YOLOv5's columns: one row an epoch."""
 
@@ -78,7 +98,8 @@ class ResultsFile:
             return
         with self.path.open(newline="", encoding="utf-8") as file:
             rows = [row for row in csv.reader(file) if row]
-        kept = [row for row in rows[1:] if row[0].strip().isdigit() and int(row[0]) < epoch]
+        # A row that a kill cut off has too few fields.
+        kept = [row for row in rows[1:] if len(row) == len(COLUMNS) and row[0].isdigit() and int(row[0]) < epoch]
         self._replace(kept)
 
     def add(
@@ -94,6 +115,7 @@ class ResultsFile:
             measured = validation.evaluation
             metrics = [measured.precision, measured.recall, measured.map50, measured.map, *validation.losses]
         values = dict(zip(COLUMNS, [epoch, *losses, *metrics, *rates], strict=True))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         is_new = not self.path.exists()
         with self.path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)

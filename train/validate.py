@@ -54,8 +54,10 @@ def validate(
 ) -> Validation | None:
     """Detect on every sample's own canvas and compare with its boxes; None when `stop` said so meanwhile.
 
-    Runs on the device of the network's weights. DataError when not one image can be read.
+    Runs on the device of the network's weights. DataError when there is no image, or not one can be read.
     """
+    if not samples:
+        raise DataError("there is no image to validate on; the data set is too small for its split")
     spec = network.spec
     device = next(network.parameters()).device
     fused = network.fused().to(device)
@@ -63,7 +65,8 @@ def validate(
     found: list[tuple[Sample, Detections]] = []
     sums, seen = torch.zeros(3), 0
     unreadable: list[str] = []
-    with torch.inference_mode():
+    # Not inference mode: tensors that the loss keeps from here could not be trained with.
+    with torch.no_grad():
         for batch in _batches(samples, imgsz, spec.stride_max, batch_size, unreadable):
             if stop():
                 return None
@@ -78,15 +81,17 @@ def validate(
             for (sample, letterbox, _), of_image in zip(batch, candidates, strict=True):
                 detections, _ = suppress(of_image, nms)
                 found.append((sample, detections.moved(letterbox.to_image(detections.xyxy))[0]))
-    if not seen and samples:
+    if not seen:
         raise DataError(f"none of the {len(samples)} validation images can be read: {unreadable[0]}")
     evaluation = evaluate(_table(found, spec), _truth(samples, spec), max_det=settings.max_det)
-    means = sums / seen if loss is not None and seen else torch.full((3,), torch.nan)
+    means = sums / seen if loss is not None else torch.full((3,), torch.nan)
     box, objectness, classes = (float(value) for value in means)
     return Validation(evaluation=evaluation, losses=(box, objectness, classes), unreadable=tuple(unreadable))
 
 
 _Canvas = tuple[Sample, Letterbox, ImageArray]
+_WAITING_BATCHES = 4
+"""Canvases that wait for others of their size, in batches: a set of many sizes must not fill the memory."""
 
 
 def _batches(
@@ -104,9 +109,10 @@ def _batches(
         batch = waiting[letterbox.canvas_hw]
         batch.append((sample, letterbox, letterbox.apply(image)))
         if len(batch) == batch_size:
-            yield batch
-            waiting[letterbox.canvas_hw] = []
-    yield from (batch for batch in waiting.values() if batch)
+            yield waiting.pop(letterbox.canvas_hw)
+        elif sum(map(len, waiting.values())) > _WAITING_BATCHES * batch_size:
+            yield waiting.pop(max(waiting, key=lambda size: len(waiting[size])))
+    yield from waiting.values()
 
 
 def _targets(batch: Sequence[_Canvas]) -> Tensor:

@@ -93,7 +93,7 @@ def test_ctrl_c_saves_and_the_run_goes_on_to_the_same_weights(
     rectangles: Path, tmp_path: Path, start_cli: Start
 ) -> None:
     # Accumulating over 3 batches of 5 an epoch leaves gradients over at any stop.
-    settings = ("epochs=3", "nominal_batch=24", "seed=5")
+    settings = ("epochs=3", "nominal_batch=24", "train.seed=5")
     undisturbed = start_training(rectangles, tmp_path / "a", start_cli, *settings)
     process = start_training(rectangles, tmp_path / "b", start_cli, *settings)
     wait_for_line(process, "Epoch")

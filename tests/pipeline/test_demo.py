@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from parkdet.cli import demo
 
 
@@ -25,7 +26,10 @@ def test_the_demo_leaves_a_run_to_look_at(
     assert isinstance(json.loads(submission.read_text()), list)
     page = (folder / "report.html").read_text()
     assert page.count("data:image/jpeg;base64,") == 4
-    names = [entry["file_name"] for entry in json.loads((folder / "data" / "Test_Images_Information.json").read_text())["images"]]
+    names = [
+        entry["file_name"]
+        for entry in json.loads((folder / "data" / "Test_Images_Information.json").read_text())["images"]
+    ]
     assert all(name in page for name in names[:4])
     assert "mAP@.5" in out
     assert str(folder / "report.html") in out

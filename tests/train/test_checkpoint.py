@@ -244,3 +244,141 @@ def test_random_damage_never_ends_in_anything_but_our_errors(network: Yolov5, tm
         archive(tmp_path / "damaged.pt", bytes(damaged[: rng.randrange(len(damaged))]))
         with pytest.raises(ParkdetError):
             load_checkpoint(tmp_path / "damaged.pt")
+
+
+def test_a_training_checkpoint_opens_with_all_that_it_carries(network: Yolov5, tmp_path: Path) -> None:
+    import argparse
+    import copy
+    import datetime
+    import pathlib
+
+    import numpy as np
+
+    def as_training_leaves_it(content: dict[str, object]) -> None:
+        model = content["model"]
+        assert isinstance(model, torch.nn.Module)
+        average = copy.deepcopy(model)
+        with torch.no_grad():
+            average.model[0].conv.weight.fill_(0.5)  # type: ignore[union-attr, index]
+        # Validation leaves grids behind that are one row of anchors, expanded.
+        average.model[-1].anchor_grid = [torch.ones(1, 3, 1, 1, 2).expand(1, 3, 80, 80, 2)]  # type: ignore[union-attr, index]
+        average.names = {1: "bus", 0: "차"}  # type: ignore[assignment]
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        content.update(
+            ema=average,
+            updates=17,
+            optimizer=optimizer.state_dict(),
+            best_fitness=np.array([0.25]),
+            opt={"save_dir": pathlib.PurePosixPath("runs/exp"), "imgsz": 416, "lr": np.float64(0.1), "empty": b""},
+            hyp=argparse.Namespace(lr0=np.float32(0.1)),
+            date=datetime.datetime(2022, 6, 1),
+        )
+
+    write_public(tmp_path / "last.pt", network, as_training_leaves_it)
+    found = load_checkpoint(tmp_path / "last.pt")
+    assert found.spec.class_names == ("차", "bus")
+    assert found.spec.imgsz == 416
+    assert bool((found.model.first_conv.weight == 0.5).all())
+    assert found.model.first_conv.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [("activation", "nn.LeakyReLU(0.1)", "activation"), ("channel_multiple", 16, "channel_multiple")],
+)
+def test_a_network_of_another_kind_is_refused_rather_than_computed_wrongly(
+    network: Yolov5, tmp_path: Path, key: str, value: object, message: str
+) -> None:
+    write_public(tmp_path / "a.pt", network, lambda content: content["model"].yaml.update({key: value}))  # type: ignore[attr-defined]
+    with pytest.raises(ArtifactError, match=message):
+        load_checkpoint(tmp_path / "a.pt")
+
+
+def test_another_activation_in_the_modules_is_refused(network: Yolov5, tmp_path: Path) -> None:
+    def leaky(content: dict[str, object]) -> None:
+        content["model"].model[4].act = torch.nn.LeakyReLU()  # type: ignore[attr-defined]
+
+    write_public(tmp_path / "a.pt", network, leaky)
+    with pytest.raises(ArtifactError, match="LeakyReLU"):
+        load_checkpoint(tmp_path / "a.pt")
+
+
+def test_a_file_that_describes_more_than_it_holds_allocates_nothing(network: Yolov5, tmp_path: Path) -> None:
+    def wide(content: dict[str, object]) -> None:
+        content["model"].yaml["width_multiple"] = 1e6  # type: ignore[attr-defined]
+
+    def deep(content: dict[str, object]) -> None:
+        content["model"].yaml["depth_multiple"] = 1e12  # type: ignore[attr-defined]
+
+    def expanded(content: dict[str, object]) -> None:
+        conv = content["model"].model[0].conv  # type: ignore[attr-defined]
+        conv.weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.float16).expand(conv.weight.shape))
+
+    for name, change in (("wide", wide), ("deep", deep), ("expanded", expanded)):
+        write_public(tmp_path / f"{name}.pt", network, change)
+        with pytest.raises(ArtifactError, match=r"another shape|more than the|overlap"):
+            load_checkpoint(tmp_path / f"{name}.pt")
+    save_checkpoint(tmp_path / "ours.pt", network)
+    content = torch.load(tmp_path / "ours.pt", weights_only=True)
+    content["rows"][0]["channels"] = 10**9
+    torch.save(content, tmp_path / "ours.pt")
+    with pytest.raises(ArtifactError, match="not a whole parkdet checkpoint"):
+        load_checkpoint(tmp_path / "ours.pt")
+
+
+def test_archives_that_unfold_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("archive/data.pkl", pickle.dumps(b"\0" * 10_000_000))
+    with pytest.raises(ArtifactError, match="compressed or overlap"):
+        load_checkpoint(path)
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("archive/data.pkl", pickle.dumps({}))
+        with pytest.warns(UserWarning, match="Duplicate"):
+            file.writestr("archive/data.pkl", pickle.dumps({}))
+    with pytest.raises(ArtifactError, match="two of its entries have one name"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        b"}r\xff\xff\xff\x7f.",  # LONG_BINPUT: a memo of two thousand million entries
+        b"}p4000000000\n.",  # PUT of the same kind
+        b"]" * 100_000 + b"a" * 99_999 + b".",  # a list in a list in a list ...
+        b"\x80\x02(K\x01K\x02" + b"t." * 3,
+        b"\x8e\xff\xff\xff\xff\xff\xff\xff\x7f.",  # BINBYTES8 of 2^63 bytes
+    ],
+)
+def test_programs_that_ask_for_the_impossible_end_in_our_errors(program: bytes, tmp_path: Path) -> None:
+    archive(tmp_path / "hostile.pt", program)
+    with pytest.raises(ArtifactError, match=r"hostile\.pt"):
+        load_checkpoint(tmp_path / "hostile.pt")
+
+
+def test_a_tree_that_is_its_own_child_is_refused(network: Yolov5, tmp_path: Path) -> None:
+    def ring(content: dict[str, object]) -> None:
+        model = content["model"]
+        model._modules["again"] = model  # type: ignore[attr-defined]
+
+    write_public(tmp_path / "ring.pt", network, ring)
+    with pytest.raises(ArtifactError, match="there twice"):
+        load_checkpoint(tmp_path / "ring.pt")
+
+
+def test_tensors_of_a_gpu_are_stored_as_the_cpus(network: Yolov5, tmp_path: Path) -> None:
+    class OfGpu(torch.Tensor):
+        """Says where it lives and notes that it was brought over."""
+
+        brought = 0
+
+        def cpu(self, *_: object, **__: object) -> torch.Tensor:
+            OfGpu.brought += 1
+            return self.as_subclass(torch.Tensor)
+
+    state = {"optimizer": {"state": {0: {"momentum_buffer": torch.ones(2).as_subclass(OfGpu)}}}, "list": [1, "a"]}
+    save_checkpoint(tmp_path / "last.pt", network, {"state": state})
+    assert OfGpu.brought == 1
+    found = load_checkpoint(tmp_path / "last.pt").training["state"]
+    assert found["optimizer"]["state"][0]["momentum_buffer"].tolist() == [1, 1]
+    assert found["list"] == [1, "a"]

@@ -239,8 +239,9 @@ def test_available_memory_is_the_smaller_of_system_and_container(tmp_path: Path)
 
 
 INTERRUPTED = """
-    import sys, time
+    import signal, sys, time
     from pathlib import Path
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.path.insert(0, {tests!r})
     from test_loader import loader, make_samples
     source = loader(make_samples(Path({folder!r}), 60), workers=2, batch_size=2)
@@ -259,8 +260,9 @@ INTERRUPTED = """
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals to process groups are POSIX")
-def test_ctrl_c_reaches_the_parent_only(tmp_path: Path) -> None:
-    """The signal goes to the whole process group, as a terminal sends it; the workers go on working."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_reach_the_parent_only(tmp_path: Path, number: signal.Signals) -> None:
+    """The signal goes to the whole process group, as terminals and `timeout` send it; the workers go on working."""
     program = textwrap.dedent(INTERRUPTED.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
     process = subprocess.Popen(
         [sys.executable, "-c", program],
@@ -271,7 +273,7 @@ def test_ctrl_c_reaches_the_parent_only(tmp_path: Path) -> None:
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "started\n"
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, number)
     out, err = process.communicate(timeout=60)
     assert (out, err, process.returncode) == ("stopped\n30\n", "", 0)
 

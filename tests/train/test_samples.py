@@ -73,6 +73,20 @@ def test_an_image_that_is_missing_is_left_out_and_told(tmp_path: Path, caplog: p
     samples = samples_from(data.train_labels(), [1, 2])
     assert [sample.image_id for sample in samples] == [2]
     assert "1 of 2 images are left out" in caplog.text
+    assert "a.png has no file" in caplog.text
+
+
+def test_images_left_out_are_named_up_to_a_number(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = write_data(tmp_path, [(number, f"{number}.png", (20, 30)) for number in range(1, 9)], [])
+    for number in range(1, 8):
+        path = tmp_path / "train" / "images" / f"{number}.png"
+        path.write_bytes(path.read_bytes()[:-30])
+    assert len(samples_from(data.train_labels(), range(1, 9))) == 1
+    assert "7 of 8 images are left out" in caplog.text
+    for number in range(1, 6):
+        assert f"\n  {number}.png is cut off" in caplog.text
+    assert "6.png" not in caplog.text
+    assert "and 2 more" in caplog.text
 
 
 def test_of_two_entries_with_one_id_the_first_counts(tmp_path: Path) -> None:

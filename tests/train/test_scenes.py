@@ -379,6 +379,34 @@ def test_an_interruption_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal to a process group")
+def test_ctrl_c_while_the_processes_start_prints_the_parents_traceback_only(tmp_path: Path) -> None:
+    script = tmp_path / "draw.py"
+    script.write_text(
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from parkdet.train.data.scenes import write_demo_data\n"
+        "if __name__ == '__main__':\n"
+        "    write_demo_data(Path(sys.argv[1]), 5000, 1, workers=2)\n"
+    )
+    for wait in (0.02, 0.1, 0.2):
+        target = tmp_path / f"out{wait}" / "data"
+        process = subprocess.Popen(
+            [sys.executable, str(script), str(target)], start_new_session=True, stderr=subprocess.PIPE
+        )
+        try:
+            while not list(tmp_path.glob(f"out{wait}/.data.*/test/images")):
+                assert process.poll() is None, process.communicate()
+                time.sleep(0.01)
+            time.sleep(wait)
+            os.killpg(process.pid, signal.SIGINT)
+            _, errors = process.communicate(timeout=120)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        assert errors.count(b"Traceback") <= 1 and b"spawn_main" not in errors, errors.decode()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a signal to a process group")
 def test_ctrl_c_with_several_processes_leaves_nothing(tmp_path: Path) -> None:
     script = tmp_path / "draw.py"
     script.write_text(

@@ -116,6 +116,11 @@ def rows_from_public(layout: Mapping[str, Any], where: str) -> tuple[LayerRow, .
         listed = [*layout["backbone"], *layout["head"]]
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"{where}: the checkpoint's architecture lacks or garbles {error}") from error
+    for key, usual in (("activation", "nn.SiLU()"), ("channel_multiple", CHANNEL_MULTIPLE)):
+        if layout.get(key) not in (None, "", usual):
+            raise ArtifactError(
+                f"{where}: a network with the {key} {layout[key]} cannot be opened, only YOLOv5's own, {usual}"
+            )
     return tuple(_public_row(row, depth, width, f"{where}: layer {i}") for i, row in enumerate(listed))
 
 
@@ -135,6 +140,8 @@ def _public_row(row: Sequence[Any], depth: float, width: float, where: str) -> L
             return LayerRow(inputs, kind)  # type: ignore[arg-type]  # checked against LayerKind above
         channels = scaled_channels(int(arguments[0]), width)
         numbers = [int(value) for value in arguments[1:]]
+        if kind != "Conv" and len(numbers) > 1:
+            raise ArtifactError(f"{where}: a {kind} with the arguments {arguments} is not YOLOv5's")
         if kind == "C3":
             return LayerRow(inputs, "C3", channels, scaled_repeats(int(number), depth), shortcut=bool([*numbers, 1][0]))
         if kind == "SPPF":

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from parkdet.runtime.model_spec import ModelSpec
 
-_LEVEL_BALANCE = {3: (4.0, 1.0, 0.4), 4: (4.0, 1.0, 0.25, 0.06)}
+_BALANCE_OF_THREE = (4.0, 1.0, 0.4)
+_BALANCE = (4.0, 1.0, 0.25, 0.06, 0.02)
 _NEIGHBOUR_OFFSET = 0.5
 
 
@@ -50,15 +51,15 @@ class DetectionLoss:
         fl_gamma: float = 0.0,
         label_smoothing: float = 0.0,
     ):
-        if len(spec.strides) not in _LEVEL_BALANCE:
-            raise ValueError(f"the loss is defined for 3 or 4 levels, not {len(spec.strides)}")
+        if len(spec.strides) > len(_BALANCE):
+            raise ValueError(f"the loss is defined for at most {len(_BALANCE)} levels, not {len(spec.strides)}")
         defaults = scaled_gains(spec, spec.imgsz)
         self.spec = spec
         self.box_gain = defaults["box"] if box is None else box
         self.cls_gain = defaults["cls"] if cls is None else cls
         self.obj_gain = defaults["obj"] if obj is None else obj
         self.anchor_t = anchor_t
-        self.balance = _LEVEL_BALANCE[len(spec.strides)]
+        self.balance = _BALANCE_OF_THREE if len(spec.strides) == 3 else _BALANCE[: len(spec.strides)]
         self.positive, self.negative = 1 - label_smoothing / 2, label_smoothing / 2
         self._class_bce = _BinaryLoss(cls_pw, fl_gamma)
         self._objectness_bce = _BinaryLoss(obj_pw, fl_gamma)

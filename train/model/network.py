@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 
 import torch
@@ -57,6 +57,34 @@ class Yolov5(nn.Module):
             raise ValueError(f"the layers' strides {strides} are not the spec's {self.spec.strides}")
         anchors = torch.tensor(self.spec.anchors, dtype=torch.float32)
         return Detect(channels, self.spec.strides, anchors, self.spec.num_outputs)
+
+    @classmethod
+    def from_state(cls, rows: Sequence[LayerRow], spec: ModelSpec, state: Mapping[str, Tensor]) -> Yolov5:
+        """The network of these rows with copies of these tensors, float32, eval mode; other tensors are left out.
+
+        ValueError where one is missing, of another shape or not there in full. Until that is known nothing is
+        allocated: a file of a few bytes may describe a network larger than the memory.
+        """
+        if sum(row.repeats for row in rows) > len(state):
+            raise ValueError(f"its layers need more than the {len(state)} tensors that it holds")
+        with torch.device("meta"):
+            network = cls(rows, spec)
+        expected = network.state_dict()
+        wrong = [name for name, tensor in expected.items() if name not in state or state[name].shape != tensor.shape]
+        if wrong:
+            raise ValueError(
+                f"{len(wrong)} of {len(expected)} tensors are missing or of another shape, first {wrong[0]}"
+            )
+        storages = {state[name].untyped_storage() for name in expected}
+        held = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+        if held < sum(state[name].numel() * state[name].element_size() for name in expected):
+            raise ValueError("its tensors overlap in the file")
+        copies = {
+            name: state[name].to(tensor.dtype, copy=True, memory_format=torch.contiguous_format)
+            for name, tensor in expected.items()
+        }
+        network.load_state_dict(copies, assign=True)
+        return network.eval()
 
     def forward(self, images: Tensor) -> list[Tensor]:
         kept: dict[int, Tensor] = {}

@@ -1,0 +1,160 @@
+"""A whole run: sizes that do not fit, one image, folders that are used again, what a resumed run needs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from parkdet.runtime.errors import DataError, Interrupted, UsageError
+from parkdet.train import load_checkpoint, save_checkpoint
+from parkdet.train.config import load_recipe
+from parkdet.train.interrupt import StopSwitch
+from parkdet.train.loop import StageTrainer
+from parkdet.train.model.network import build_network
+from parkdet.train.run import RunSettings, resume_run, start_run, whole_cells
+
+TINY = ("imgsz=64", "batch_size=4", "epochs=1", "cache=none", "precision=fp32", "mosaic=0.0")
+
+
+def write_data(root: Path, count: int, categories: tuple[int, ...] = (9, 4)) -> Path:
+    """`count` images of 40 x 60; their categories' ids have gaps and no order."""
+    (root / "train" / "images").mkdir(parents=True)
+    (root / "train" / "label").mkdir()
+    images, annotations = [], []
+    for number in range(count):
+        name = f"사진 {number}.png"
+        pixels = np.random.default_rng(number).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+        (root / "train" / "images" / name).write_bytes(cv2.imencode(".png", pixels)[1].tobytes())
+        images.append({"id": number + 1, "file_name": name})
+        annotations.append(
+            {"id": number + 1, "image_id": number + 1, "category_id": categories[number % len(categories)],
+             "bbox": [5, 5, 30, 20]}
+        )  # fmt: skip
+    entries = [{"id": category, "name": f"class {category}"} for category in categories]
+    content = {"images": images, "annotations": annotations, "categories": entries}
+    (root / "train" / "label" / "Train.json").write_text(json.dumps(content))
+    return root
+
+
+def run_settings(data: Path, *overrides: str) -> RunSettings:
+    return RunSettings(data=str(data), device="cpu", workers=0, recipe=load_recipe("small", (*TINY, *overrides)))
+
+
+def started(folder: Path, settings: RunSettings) -> tuple[Path, str]:
+    said: list[str] = []
+    folder.mkdir(parents=True, exist_ok=True)
+    return start_run(folder, settings, said.append), "\n".join(said)
+
+
+def test_sizes_are_rounded_up_to_whole_cells() -> None:
+    # What YOLOv5's check_img_size gives with a floor of two strides.
+    for imgsz, stride, expected in ((640, 32, 640), (641, 32, 672), (1, 32, 64), (64, 64, 128), (1536, 64, 1536)):
+        assert whole_cells(imgsz, stride) == expected
+
+
+def test_a_size_that_does_not_fit_is_rounded_and_said(tmp_path: Path) -> None:
+    best, said = started(tmp_path / "run", run_settings(write_data(tmp_path / "data", 6), "imgsz=70"))
+    assert "imgsz 70 becomes 96" in said
+    assert load_checkpoint(best).spec.imgsz == 96
+
+
+def test_one_image_trains_and_nothing_is_validated(tmp_path: Path) -> None:
+    best, said = started(tmp_path / "run", run_settings(write_data(tmp_path / "data", 1)))
+    assert "1 images with 1 boxes to train, 0 to validate" in said
+    assert "warning: there is no image to validate on" in said
+    assert best.is_file()
+    row = (tmp_path / "run" / "results.csv").read_text().splitlines()[1].split(",")
+    assert row[4:11] == [""] * 7
+
+
+def test_categories_with_gaps_come_through(tmp_path: Path) -> None:
+    best, _ = started(tmp_path / "run", run_settings(write_data(tmp_path / "data", 6)))
+    spec = load_checkpoint(best).spec
+    assert dict(zip(spec.category_ids, spec.class_names, strict=True)) == {4: "class 4", 9: "class 9"}
+
+
+def test_one_class_trains(tmp_path: Path) -> None:
+    best, _ = started(tmp_path / "run", run_settings(write_data(tmp_path / "data", 5, categories=(7,))))
+    assert load_checkpoint(best).spec.category_ids == (7,)
+    assert (tmp_path / "run" / "results.csv").read_text().splitlines()[1].split(",")[3] == "0"
+
+
+def test_stages_of_a_fresh_folder_each_write_their_own(tmp_path: Path) -> None:
+    recipe = tmp_path / "two.yaml"
+    recipe.write_text("base: small.yaml\nstages:\n- {name: a}\n- {name: b, lr0: 0.001}\n")
+    settings = run_settings(write_data(tmp_path / "data", 6))
+    settings = settings.model_copy(update={"recipe": load_recipe(str(recipe), TINY)})
+    best, said = started(tmp_path / "run", settings)
+    assert best == tmp_path / "run" / "b" / "weights" / "best.pt"
+    for stage in "ab":
+        assert len((tmp_path / "run" / stage / "results.csv").read_text().splitlines()) == 2
+    assert f"tensors from {tmp_path / 'run' / 'a' / 'weights' / 'last.pt'}" in said
+
+
+def test_a_folder_used_again_begins_anew(tmp_path: Path) -> None:
+    settings = run_settings(write_data(tmp_path / "data", 6))
+    best, _ = started(tmp_path / "run", settings)
+    first = best.read_bytes()
+    again, said = started(tmp_path / "run", settings.model_copy(
+        update={"recipe": load_recipe("small", (*TINY, "train.seed=1", "epochs=2"))}
+    ))  # fmt: skip
+    assert again == best
+    assert "going on" not in said
+    assert best.read_bytes() != first
+    assert len((tmp_path / "run" / "results.csv").read_text().splitlines()) == 3
+
+
+def test_weights_that_the_run_would_write_over_are_left_alone(tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data", 6)
+    best, _ = started(tmp_path / "run", run_settings(data))
+    before = best.read_bytes()
+    with pytest.raises(UsageError, match="another --name"):
+        started(tmp_path / "run", run_settings(data, f"weights='{best}'"))
+    assert best.read_bytes() == before
+
+
+def stop_after_one_epoch(folder: Path, settings: RunSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_epoch = StageTrainer._train_epoch
+
+    def stopping(self: StageTrainer, stop: StopSwitch) -> None:
+        if self.epoch == 1:
+            self._interrupt()
+        train_epoch(self, stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StageTrainer, "_train_epoch", stopping)
+        with pytest.raises(Interrupted):
+            started(folder, settings)
+
+
+def test_a_resumed_run_needs_nothing_but_its_folder_and_the_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_data(tmp_path / "data", 6)
+    weights = tmp_path / "start.pt"
+    # Other layers than the recipe names: the file's are trained, and resumed.
+    save_checkpoint(weights, build_network("yolov5n6", ["x"], 64))
+    stop_after_one_epoch(tmp_path / "run", run_settings(data, "epochs=2", f"weights='{weights}'"), monkeypatch)
+    weights.unlink()
+    monkeypatch.chdir(tmp_path / "run" / "weights")
+    said: list[str] = []
+    with pytest.raises(UsageError, match="not a training run"):
+        resume_run(tmp_path / "run" / "nothing", said.append)
+    best = resume_run(Path("last.pt"), said.append)
+    assert "going on in epoch 1 at batch 0" in said
+    assert len(load_checkpoint(best).spec.strides) == 4
+    with pytest.raises(UsageError, match="is finished"):
+        resume_run(tmp_path / "run", said.append)
+
+
+def test_other_classes_are_not_resumed_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = write_data(tmp_path / "data", 6)
+    stop_after_one_epoch(tmp_path / "run", run_settings(data, "epochs=2"), monkeypatch)
+    labels = data / "train" / "label" / "Train.json"
+    labels.write_text(labels.read_text().replace("class 9", "class nine"))
+    with pytest.raises(DataError, match=r"last\.pt.*class 9.*class nine"):
+        resume_run(tmp_path / "run", lambda _line: None)
