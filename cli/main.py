@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import select
 import signal
 import sys
@@ -20,7 +21,7 @@ import click
 import rich_click
 
 from parkdet.cli.failures import explain
-from parkdet.runtime.errors import EXIT_DONE, EXIT_FAILED
+from parkdet.runtime.errors import EXIT_DONE, EXIT_FAILED, UsageError
 
 COMMANDS = {
     "prepare": ("parkdet.train.prepare_cli:prepare", "Check the data set, report what is wrong, split it."),
@@ -101,6 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "_PARKDET_COMPLETE" in os.environ:  # the shell asks for completions; this exits
         parkdet.main(words, prog_name="parkdet")
     debug = "--debug" in words or os.environ.get("PARKDET_DEBUG", "0") not in ("", "0")
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a file name that is not text must not end a report
             stream.reconfigure(errors="backslashreplace")
@@ -115,7 +117,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _report(error, debug)
 
 
+def _open_closed_streams() -> None:
+    """After `>&-` or `2>&-`: what is written goes nowhere, not into the next file that gets the free number."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 - open as long as the process
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+
+
+def _require_values(words: list[str]) -> None:
+    """UsageError for `--data ""` and `--data=`: as a path it would be the folder one happens to be in."""
+    for before, word in zip(["", *words], words, strict=False):
+        if not word or re.fullmatch(r"--[a-z-]+=", word):
+            option = word.rstrip("=") or (before if before.startswith("-") else "")
+            raise UsageError(
+                f"{option or 'an argument'}: its value is empty; give one (is a variable of the shell not set?)"
+            )
+
+
 def _invoke(words: list[str]) -> int:
+    _require_values(words)
     try:
         with parkdet.make_context("parkdet", words) as context:
             result = parkdet.invoke(context)

@@ -32,7 +32,7 @@ import click
 @click.option(
     "--imgsz",
     "--img-size",
-    type=click.IntRange(min=32),
+    type=click.IntRange(32, 16384),
     help="Length in pixels to which the long side is scaled.  [default: the model's]",
 )
 @click.option(

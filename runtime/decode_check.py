@@ -23,6 +23,7 @@ from itertools import islice
 from multiprocessing import get_context
 
 from parkdet.runtime.errors import DataError
+from parkdet.runtime.terminal import interrupts_held_back
 
 _BATCH = 8
 """Images per message to a worker: the messages cost little, and Ctrl-C waits for this many at most."""
@@ -67,7 +68,8 @@ def decode_all(
     try:
         while True:
             for batch in islice(batches, 2 * workers - len(running)):
-                running[pool.submit(_decode_batch, [tasks[i] for i in batch])] = batch
+                with interrupts_held_back():  # the first calls start the processes
+                    running[pool.submit(_decode_batch, [tasks[i] for i in batch])] = batch
             if not running:
                 break
             for finished in wait(running, return_when=FIRST_COMPLETED).done:

@@ -40,6 +40,20 @@ def stop_signals() -> Iterator[threading.Event]:
 
 
 @contextmanager
+def interrupts_held_back(*numbers: signal.Signals) -> Iterator[None]:
+    """Start worker processes inside: they inherit that these signals wait, and one that comes now waits for the end.
+
+    SIGINT when none is named. Ctrl-C reaches every process of the terminal: a worker that met it while it still
+    imports, before it can ignore it, would print a traceback.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers or {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
 def progress() -> Iterator[Callable[[int, int], None]]:
     """A bar on a terminal, else one plain line every few seconds; both on stderr."""
     started = time.perf_counter()

@@ -65,8 +65,9 @@ def _check(path: Path, expected: Expected, limit_bytes: int, bbox_decimals: int)
     click.echo(f"{path}: {report.entry_count:,} entries, {report.size_bytes:,} bytes, limit {limit_bytes:,} bytes")
     if report.findings:
         click.echo(str(report))
+        kinds = len(report.findings)
         raise GateError(
-            f"{path}: a judge would refuse it ({len(report.findings)} kinds of fault); "
+            f"{path}: a judge would refuse it ({kinds} kind{'s' * (kinds > 1)} of fault); "
             "mend what wrote it, or write it with 'parkdet submit --predictions'"
         )
     click.echo("nothing to refuse")
@@ -91,6 +92,9 @@ def _write(
     )
     write_submission(fit, path, lambda written: expected.check(written, limit_bytes, bbox_decimals))
     click.echo("\n".join([*_summary(fit), "", *_by_category(table, fit, expected.category_names)]))
+    if not fit.kept_count:
+        reason = "the limit is too small for one" if fit.read_count else "the run has none; is it well trained?"
+        click.echo(f"warning: {path} holds no detection: {reason}", err=True)
     click.echo(str(path))
 
 

@@ -45,8 +45,8 @@ def write_submission(fit: Fit, path: Path, check: Callable[[Path], CheckReport])
         temporary.replace(target)
         _sync_folder(target.parent)
     except OSError as error:
-        # A write does not know the file's name; whoever reads the message needs it.
-        if error.filename is None:
+        # A write knows no file name and an open only the temporary one; the message needs the user's.
+        if error.filename in (None, str(temporary)):
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     finally:

@@ -9,6 +9,9 @@ import cv2
 import numpy as np
 import pytest
 import torch
+
+from parkdet.cli.infer import exported
+from parkdet.runtime.errors import UsageError
 from parkdet.runtime.store import read_predictions
 from parkdet.train import save_checkpoint
 from parkdet.train.model.network import Yolov5, build_network
@@ -72,3 +75,11 @@ def test_a_damaged_graph_beside_the_checkpoint_is_made_again(
     code, _, err = run_cli("infer", "--weights", weights, "--source", photographs, "--project", tmp_path / "runs")
     assert code == 0, err
     assert "exporting again" in err
+
+
+def test_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "folder.pt").mkdir()
+    with pytest.raises(UsageError, match=r"folder\.pt: is not a file"):
+        exported(tmp_path / "folder.pt", None)
+    with pytest.raises(UsageError, match=r"none\.pt: there is no such file"):
+        exported(tmp_path / "none.pt", None)

@@ -100,6 +100,25 @@ def test_a_mistyped_option_is_answered_with_the_nearest(run_cli: RunCli, probe: 
     assert "--sise" in err and "--size" in err and "parkdet probe --help" in err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "named"), [(["--data", ""], "--data"), (["--data="], "--data"), ([""], "an argument")]
+)
+def test_an_empty_value_is_not_the_folder_one_happens_to_be_in(
+    run_cli: RunCli, probe: Probe, arguments: list[str], named: str
+) -> None:
+    probe(lambda: pytest.fail("the command ran"))
+    code, out, err = run_cli("probe", *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {named}: its value is empty")
+
+
+def test_a_setting_may_be_emptied(run_cli: RunCli, tmp_path: Path) -> None:
+    # `weights=` is a setting's business, and no option.
+    code, _, err = run_cli("train", "--data", tmp_path / "none", "weights=")
+    assert code == 2
+    assert "its value is empty" not in err
+
+
 def test_a_command_that_returns_nothing_is_done_and_an_int_is_the_exit_code(run_cli: RunCli, probe: Probe) -> None:
     probe(lambda: None)
     assert run_cli("probe") == (0, "", "")
@@ -324,6 +343,27 @@ def test_a_reader_that_leaves_is_no_error(flush: str) -> None:
     assert (process.wait(60), err) == (1, "")
 
 
+@pytest.mark.parametrize(("closed", "arguments", "code"), [(1, "--version", 0), (1, "nosuch", 2), (2, "nosuch", 2)])
+def test_a_stream_that_is_closed_is_no_error(closed: int, arguments: str, code: int) -> None:
+    program = f"import sys; from parkdet.cli.main import main; sys.exit(main([{arguments!r}]))"
+    command = ["sh", "-c", f'exec "$0" -c "$1" {closed}>&-', sys.executable, program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_a_file_never_gets_the_number_of_a_closed_stream(tmp_path: Path) -> None:
+    # Libraries write messages to number 2 whatever is open there.
+    path = tmp_path / "numbers"
+    program = (
+        "import os, sys; from parkdet.cli import main as root; root._invoke = lambda words: "
+        "os.open(sys.argv[1], os.O_CREAT | os.O_WRONLY) > 2 and os.write(2, b'noise') and 7; sys.exit(root.main())"
+    )
+    command = ["sh", "-c", 'exec "$0" -c "$1" "$2" <&- >&- 2>&-', sys.executable, program, str(path)]
+    assert subprocess.run(command, check=False).returncode == 7
+    assert path.read_bytes() == b""
+
+
 def test_a_broken_pipe_of_our_own_is_an_error() -> None:
     process = _process("""
         reader, writer = os.pipe()
@@ -360,3 +400,19 @@ def test_errors_are_coloured_on_terminals_unless_no_color_is_set(
     process.stdout.close()
     assert "out of memory" in text
     assert ("\x1b[" in text) is colored
+
+
+@pytest.mark.parametrize("option", ["--conf-thres", "--iou-thres"])
+def test_a_threshold_that_is_no_number_is_a_usage_error(run_cli: RunCli, tmp_path: Path, option: str) -> None:
+    code, _, err = run_cli("val", "--weights", tmp_path / "w.pt", "--data", tmp_path, option, "nan")
+    assert code == 2
+    assert err.startswith(f"error: {option}: must be from 0 to 1")
+
+
+@pytest.mark.parametrize("command", ["train", "val", "infer"])
+def test_a_size_that_no_memory_holds_is_refused_before_anything_is_read(
+    run_cli: RunCli, tmp_path: Path, command: str
+) -> None:
+    code, _, err = run_cli(command, "--weights", tmp_path / "w", "--data", tmp_path, "--imgsz", "99999999")
+    assert code == 2
+    assert "'--imgsz'" in err and "16384" in err

@@ -111,8 +111,18 @@ def test_a_run_without_detections_is_an_empty_list(run_cli: RunCli, tmp_path: Pa
         "category_ids": np.zeros(0, np.int32),
     }
     run = write_run(tmp_path / "run", **nothing)
-    assert run_cli("submit", "--predictions", run, "--data", data).code == 0
+    code, _, err = run_cli("submit", "--predictions", run, "--data", data)
+    assert code == 0
+    assert "warning:" in err and "holds no detection: the run has none" in err
     assert (run / "submission.json").read_bytes() == b"[]"
+
+
+def test_a_limit_that_cuts_everything_is_told(run_cli: RunCli, tmp_path: Path, data: Path) -> None:
+    run = write_run(tmp_path / "run")
+    code, _, err = run_cli("submit", "--predictions", run, "--data", data, "--limit", "10")
+    assert code == 0
+    assert "holds no detection: the limit is too small for one" in err
+    assert "holds no detection" not in run_cli("submit", "--predictions", run, "--data", data).err
 
 
 def test_keys_and_their_order_are_the_samples(run_cli: RunCli, tmp_path: Path, data: Path) -> None:
@@ -191,6 +201,8 @@ def test_a_bad_file_is_reported_kind_by_kind(run_cli: RunCli, tmp_path: Path, da
     for kind in ("image not in the test set: 1 ([1]", "score out of 0", "box of no area", "not smaller than"):
         assert kind.replace("[1]", "[2]") in out
     assert "4 kinds of fault" in err
+    path.write_text("[1]")
+    assert "(1 kind of fault)" in run_cli("submit", "--check", path, "--data", data).err
 
 
 def test_missing_places_are_usage_errors(run_cli: RunCli, tmp_path: Path, data: Path) -> None:

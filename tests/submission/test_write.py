@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import resource
 from collections.abc import Callable, Iterator
@@ -104,6 +105,18 @@ def test_a_full_disk_leaves_the_old_file_and_no_litter(tmp_path: Path, fitted: F
         write_submission(fitted, path, accept)
     assert path.read_text() == "old"
     assert names(tmp_path) == ["s.json"]
+
+
+def test_a_folder_that_refuses_is_told_under_the_users_name(
+    tmp_path: Path, fitted: Fit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, *_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(PermissionError) as caught:
+        write_submission(fitted, tmp_path / "s.json", accept)
+    assert caught.value.filename == str(tmp_path / "s.json")
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, MemoryError])

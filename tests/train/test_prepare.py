@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 
 from parkdet.runtime.errors import UsageError
 from parkdet.runtime.run_folder import next_run_folder
+from parkdet.train.prepare_cli import _write_json
 
 NAME = "경기도 [bold]_맑음.v1_{}.png"
 
@@ -194,3 +196,16 @@ def test_a_run_folder_that_cannot_be(tmp_path: Path) -> None:
             next_run_folder(tmp_path, name, True)
     with pytest.raises(UsageError, match="the run folder cannot be made"):
         next_run_folder(tmp_path, "file", True)
+
+
+def test_a_full_disk_names_the_file_and_keeps_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "report.json"
+    path.write_text("old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space") as caught:
+        _write_json(path, {})
+    assert caught.value.filename == str(path)
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]

@@ -10,8 +10,8 @@ import logging
 import multiprocessing
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import cv2
@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from parkdet.runtime.errors import DataError
 from parkdet.runtime.geometry import FloatArray, xyxy_to_cxcywh
+from parkdet.runtime.terminal import interrupts_held_back
 from parkdet.train.data.augment import AugmentSettings, LabelledCanvas, augmented
 from parkdet.train.data.image_store import CacheMode, ImageStore, UnreadableImageError
 from parkdet.train.data.samples import Sample
@@ -207,7 +208,7 @@ class TrainingLoader:
                 world=self.world,
             )
         )
-        with _interrupts_held_back():
+        with interrupts_held_back(signal.SIGINT, signal.SIGTERM):
             prefetching = iter(self._loader)
         return self._noting(prefetching)
 
@@ -256,18 +257,15 @@ def _already_a_batch(batch: Any) -> Any:
 
 
 def _start_worker(_worker_id: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process decides when to stop
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    # The parent process decides when to stop; `timeout`, batch systems and terminals signal the whole group.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _outlive_one)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
     # A process for every image is parallel enough: more threads would only take turns.
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
 
 
-@contextmanager
-def _interrupts_held_back() -> Iterator[None]:
-    """Let workers start without Ctrl-C: one that met it before `_start_worker` would print a traceback."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+def _outlive_one(number: int, _frame: FrameType | None) -> None:
+    """Ignore the first SIGTERM; a second one ends the worker, for torch sends its own to one that hangs."""
+    signal.signal(number, signal.SIG_DFL)

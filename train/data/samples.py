@@ -17,6 +17,9 @@ from parkdet.runtime.image_headers import read_header
 
 log = logging.getLogger(__name__)
 
+EXAMPLES = 5
+"""Images left out that the log names."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sample:
@@ -45,7 +48,7 @@ def samples_from(labels: LabelledImages, ids: Collection[int]) -> tuple[Sample, 
     """The samples of the images with these ids, in file order, from the boxes that can be used.
 
     Sizes are those of the files' headers, which is what the images decode to, whatever the JSON file says.
-    An image whose file is missing or has no readable header is left out: `parkdet prepare` reports it.
+    An image whose file is missing, cut off or has no readable header is left out, and the log names examples.
     DataError when an id is not in the data set, or when no image is left.
     """
     wanted = set(ids)
@@ -57,24 +60,30 @@ def samples_from(labels: LabelledImages, ids: Collection[int]) -> tuple[Sample, 
         )
     image_wh = np.zeros((len(labels.records), 2), np.int64)
     usable: dict[int, Path] = {}
+    left_out: list[str] = []
     for index, record in enumerate(labels.records):
         if record.image_id not in wanted:
             continue
         wanted.discard(record.image_id)  # of two entries with one id the first has the boxes
         if record.path is None:
+            left_out.append(f"{record.file_name} has no file")
             continue
         header = read_header(record.path)
         if header.problem is None:
             usable[index] = record.path
             image_wh[index] = header.width, header.height
+        else:
+            left_out.append(f"{record.file_name} {header.problem}")
     if not usable:
         raise DataError(
             f"{labels.images.folder}: none of the {len(ids)} images can be used; run 'parkdet prepare' to see why"
         )
-    if len(usable) < len(ids):
+    if left_out:
+        named = "".join(f"\n  {line}" for line in left_out[:EXAMPLES])
+        more = f"\n  and {len(left_out) - EXAMPLES} more" if len(left_out) > EXAMPLES else ""
         log.warning(
-            "%s: %d of %d images are left out; 'parkdet prepare' says why",
-            labels.images.folder, len(ids) - len(usable), len(ids),
+            "%s: %d of %d images are left out; 'parkdet prepare' tells all%s%s",
+            labels.images.folder, len(left_out), len(ids), named, more,
         )  # fmt: skip
     boxes = labels.clean(image_wh)
     samples = []

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from parkdet.runtime.errors import DataError, UsageError
+from parkdet.runtime.terminal import interrupts_held_back
 from parkdet.train.data.scene_render import draw_scene
 
 CLASS_NAMES = (
@@ -177,7 +178,9 @@ def _draw_all(
         return list(_counted(map(draw, orders), len(orders), on_drawn))
     pool = ProcessPoolExecutor(min(workers, len(orders)), get_context("spawn"), initializer=_start_worker)
     try:
-        return list(_counted(pool.map(draw, orders, chunksize=_BATCH), len(orders), on_drawn))
+        with interrupts_held_back():  # the processes start here
+            pictures = pool.map(draw, orders, chunksize=_BATCH)
+        return list(_counted(pictures, len(orders), on_drawn))
     finally:
         # The pictures still to be drawn are given up; those in progress end before their folder is removed.
         pool.shutdown(wait=True, cancel_futures=True)
