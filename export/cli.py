@@ -27,12 +27,12 @@ def parse_canvas(_context: click.Context, _parameter: click.Parameter, value: st
     "checkpoint was trained on, if they are still there; else drawn ones]",
 )
 @click.option(
-    "--imgsz", type=click.IntRange(min=32), help="Long side of images in pixels.  [default: the checkpoint's]"
+    "--imgsz", type=click.IntRange(32, 16384), help="Long side of images in pixels.  [default: the checkpoint's]"
 )
 @click.option(
     "--canvas", callback=parse_canvas, metavar="HxW", help="Fix the canvas, such as 896x1600.  [default: any]"
 )
-@click.option("--batch-size", type=click.IntRange(min=1), help="Fix the batch.  [default: any]")
+@click.option("--batch-size", type=click.IntRange(1, 1024), help="Fix the batch.  [default: any]")
 @click.option("--backend", type=click.Choice(["openvino", "onnxruntime"]), help="What the gate runs the graph with.")
 def export(
     weights: Path,
@@ -50,9 +50,12 @@ def export(
     """
     from parkdet.export.config import ExportOptions
     from parkdet.export.exporter import export_onnx
+    from parkdet.runtime.terminal import quiet_decoders
 
     options = ExportOptions(
         weights=weights, output=output, calibration=calibration, imgsz=imgsz,
         canvas_hw=canvas, batch=batch_size, backend=backend,
     )  # fmt: skip
-    click.echo(str(export_onnx(options, say=lambda line: click.echo(line, err=True))))
+    with quiet_decoders():
+        artifact = export_onnx(options, say=lambda line: click.echo(line, err=True))
+    click.echo(str(artifact))

@@ -33,6 +33,9 @@ def export_onnx(options: ExportOptions, say: Say) -> Path:
     output = options.output or options.weights.with_suffix(".onnx")
     if output.suffix.lower() != ".onnx":
         raise UsageError(f"{output}: the output's name must end in .onnx")
+    if output.is_dir() or not output.parent.is_dir():
+        what = "is a folder" if output.is_dir() else "its folder does not exist"
+        raise UsageError(f"{output}: {what}; name a file to write with --output")
     checkpoint = load_checkpoint(options.weights)
     network = checkpoint.model
     if options.imgsz is not None:
@@ -44,7 +47,6 @@ def export_onnx(options: ExportOptions, say: Say) -> Path:
     model = build_graph(network, options.canvas_hw, options.batch)
     rejected = output.with_suffix(".onnx.rejected")
     # Until the gate has passed the graph bears the name that warns of it.
-    output.parent.mkdir(parents=True, exist_ok=True)
     pending = output.with_name(f".{output.stem}.pending.onnx")
     write_atomically(pending, model.SerializeToString())
     try:
@@ -81,14 +83,13 @@ def _gate_images(options: ExportOptions, checkpoint: Checkpoint) -> tuple[Iterat
     """The gate's canvases, and what they are, in words."""
     spec = checkpoint.spec
     trained_on = checkpoint.training.get("images_folder")
-    folder = options.calibration
-    if folder is None and trained_on and Path(trained_on).is_dir():
-        folder = Path(trained_on)
-    if folder is None:
-        drawn = generated_canvases(spec, options.canvas_hw)
-        return iter(drawn), "drawn images (name a folder of your own with --calibration)"
-    paths = calibration_paths(folder)
-    return _read(paths, spec, options.canvas_hw), f"images of {folder}"
+    if options.calibration is not None:
+        paths = calibration_paths(options.calibration)
+        return _read(paths, spec, options.canvas_hw), f"images of {options.calibration}"
+    if trained_on and Path(trained_on).is_dir() and any(Path(trained_on).iterdir()):
+        return _read(calibration_paths(Path(trained_on)), spec, options.canvas_hw), f"images of {trained_on}"
+    drawn = generated_canvases(spec, options.canvas_hw)
+    return iter(drawn), "drawn images (name a folder of your own with --calibration)"
 
 
 def _read(paths: list[Path], spec: ModelSpec, canvas_hw: tuple[int, int] | None) -> Iterator[ImageArray]:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
-from parkdet.runtime.errors import UsageError
+from parkdet.runtime.errors import InUseError, UsageError
 
 
 def next_run_folder(project: Path, name: str, exist_ok: bool) -> Path:
@@ -29,8 +34,30 @@ def next_run_folder(project: Path, name: str, exist_ok: bool) -> Path:
                 continue
             return folder
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise  # a full disk is no mistake of the command line
         raise UsageError(
             f"{error.filename or project}: the run folder cannot be made ({error.strerror}); "
             "name a writable one with --project"
         ) from None
     raise AssertionError("count() does not end")
+
+
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Hold a run folder for this process alone. InUseError where another one does.
+
+    A POSIX record lock: it ends with this process even by SIGKILL, and loader processes that it forked do not
+    inherit it.
+    """
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise InUseError(
+                f"{folder}: another process is writing here; wait for it, or choose another --name"
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)

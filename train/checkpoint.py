@@ -60,9 +60,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 def save_checkpoint(path: Path, model: Yolov5, training: Mapping[str, Any] | None = None) -> None:
     """Write a checkpoint: convolution weights in float16 as YOLOv5 keeps them, `training` as it is given.
 
-    All tensors are stored as the CPU's, or a machine without a GPU could not open the file.
-
-    Written beside, synced, renamed: an older file at `path` survives any failure.
+    All tensors are stored as the CPU's, or a machine without a GPU could not open the file. Written beside, synced,
+    renamed: an older file at `path` survives any failure.
     """
     content = {
         "format": FORMAT,
@@ -80,6 +79,9 @@ def save_checkpoint(path: Path, model: Yolov5, training: Mapping[str, Any] | Non
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        # A write does not know the file's name; whoever reads the message needs it.
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

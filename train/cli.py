@@ -50,8 +50,10 @@ def train(
     """
     from parkdet.runtime.errors import UsageError
     from parkdet.runtime.run_folder import next_run_folder
+    from parkdet.runtime.terminal import quiet_decoders
     from parkdet.train.checkpoint import load_checkpoint
     from parkdet.train.config import load_recipe
+    from parkdet.train.model.network import load_architecture
     from parkdet.train.run import RunSettings, pick_device, read_training_data, resume_run, start_run
 
     flags = {"epochs": epochs, "imgsz": imgsz, "batch_size": batch_size}
@@ -59,7 +61,9 @@ def train(
     if resume is not None:
         if data is not None or config is not None or weights is not None or given:
             raise UsageError("--resume goes on with a run as it was started; give it alone")
-        click.echo(str(resume_run(resume, _say)))
+        with quiet_decoders():
+            best = resume_run(resume, _say)
+        click.echo(str(best))
         return
     if data is None:
         raise UsageError("name the data set's folder with --data")
@@ -71,13 +75,16 @@ def train(
         recipe = recipe.model_copy(update={"weights": str(Path(recipe.weights).resolve())})
     # What can be wrong with the input is found before a run folder is made.
     pick_device(device)
-    read_training_data(data, recipe)
+    parts = read_training_data(data, recipe)
     if recipe.weights is not None:
         load_checkpoint(recipe.weights)
+    else:
+        load_architecture(recipe.model)
     folder = next_run_folder(project, name, exist_ok)
     _say(f"run folder: {folder}")
     settings = RunSettings(data=str(data.resolve()), device=device, workers=workers, recipe=recipe)
-    best = start_run(folder, settings, _say)
+    with quiet_decoders():
+        best = start_run(folder, settings, _say, parts)
     _say(f"run folder: {folder}")
     click.echo(str(best))
 
@@ -106,6 +113,7 @@ def val(
     """Measure a checkpoint on the validation images: COCO AP by class."""
     from parkdet.runtime.errors import UsageError
     from parkdet.runtime.evaluation import evaluation_table
+    from parkdet.runtime.terminal import quiet_decoders
     from parkdet.train.checkpoint import load_checkpoint
     from parkdet.train.config import SplitSettings, ValSettings, load_recipe
     from parkdet.train.run import pick_device, read_training_data
@@ -130,10 +138,11 @@ def val(
         iou=spec.iou if iou_thres is None else iou_thres,
         max_det=spec.max_det if max_det is None else max_det,
     )
-    measured = validate(
-        checkpoint.model.to(pick_device(device)), parts.val, settings,
-        imgsz=imgsz or checkpoint.spec.imgsz, batch_size=batch_size,
-    )  # fmt: skip
+    with quiet_decoders():
+        measured = validate(
+            checkpoint.model.to(pick_device(device)), parts.val, settings,
+            imgsz=imgsz or checkpoint.spec.imgsz, batch_size=batch_size,
+        )  # fmt: skip
     assert measured is not None  # nobody can stop it but an interrupt
     for line in measured.unreadable:
         _say(f"warning: {line}")

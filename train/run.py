@@ -12,6 +12,7 @@ import torch
 
 from parkdet.runtime.contest import ContestData
 from parkdet.runtime.errors import DataError, UsageError
+from parkdet.runtime.run_folder import sole_writer
 from parkdet.runtime.settings import Settings, dump_settings, load_settings
 from parkdet.train.checkpoint import Checkpoint, load_checkpoint
 from parkdet.train.config import Recipe, TrainSettings
@@ -59,11 +60,17 @@ def read_training_data(root: Path, recipe: Recipe) -> TrainingData:
     )
 
 
-def start_run(folder: Path, settings: RunSettings, say: Say) -> Path:
+def start_run(folder: Path, settings: RunSettings, say: Say, data: TrainingData | None = None) -> Path:
     """Train from the beginning; returns the best checkpoint's path.
 
-    Checkpoints of an older run in the folder are removed: they would be taken for this one's.
+    Checkpoints of an older run in the folder are removed: they would be taken for this one's. `data` is what
+    `read_training_data` gave, if it was read already. InUseError where another process trains in the folder.
     """
+    with sole_writer(folder):
+        return _start(folder, settings, say, data)
+
+
+def _start(folder: Path, settings: RunSettings, say: Say, data: TrainingData | None) -> Path:
     for name, _ in settings.recipe.stage_settings():
         for old in ("last.pt", "best.pt"):
             path = folder / name / "weights" / old
@@ -71,7 +78,7 @@ def start_run(folder: Path, settings: RunSettings, say: Say) -> Path:
                 raise UsageError(f"{path}: would be overwritten by the run that starts from it; give another --name")
             path.unlink(missing_ok=True)
     (folder / ARGS_FILE).write_text(dump_settings(settings), encoding="utf-8")
-    return _train(folder, settings, say)
+    return _train(folder, settings, say, data or read_training_data(Path(settings.data), settings.recipe))
 
 
 def resume_run(run: Path, say: Say) -> Path:
@@ -82,13 +89,14 @@ def resume_run(run: Path, say: Say) -> Path:
             raise UsageError(f"{run}: is not a training run (no {ARGS_FILE}); name the folder that train printed")
         folder = folder.parent
     say(f"resuming {folder}")
-    return _train(folder, load_settings(RunSettings, folder / ARGS_FILE), say)
+    settings = load_settings(RunSettings, folder / ARGS_FILE)
+    with sole_writer(folder):
+        return _train(folder, settings, say, read_training_data(Path(settings.data), settings.recipe))
 
 
-def _train(folder: Path, settings: RunSettings, say: Say) -> Path:
+def _train(folder: Path, settings: RunSettings, say: Say, data: TrainingData) -> Path:
     recipe = settings.recipe
     device = pick_device(settings.device)
-    data = read_training_data(Path(settings.data), recipe)
     boxes = sum(len(sample.class_ids) for sample in data.train)
     say(
         f"data: {len(data.train)} images with {boxes} boxes to train, {len(data.val)} to validate, "
