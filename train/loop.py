@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,7 @@ class StageTrainer:
         validation: Validation | None = None
         self.results.keep_before(self.epoch)
         self.events = EventsFile(self.job.folder, self.epoch)
-        with StopSwitch() as stop:
+        with StopSwitch() as stop, repeatable(self.job.device):
             try:
                 while self.epoch < self.job.settings.epochs:
                     self._train_epoch(stop)
@@ -252,6 +252,27 @@ class StageTrainer:
         self.loss_sums = np.array(state["loss_sums"])
         self.best_fitness = float(state["best_fitness"])
         self.ap_per_class = np.array(state["ap_per_class"])
+
+
+@contextmanager
+def repeatable(device: torch.device) -> Iterator[None]:
+    """On a CPU, let equal runs give equal bits: scattered gradients are summed in one order, not by whichever thread.
+
+    Elsewhere nothing changes: some of the network's CUDA kernels have no such form.
+    """
+    if device.type != "cpu":
+        yield
+        return
+    memory: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Filling fresh memory finds reads of it, which is for debugging, and costs time.
+    memory.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        memory.fill_uninitialized_memory = before[1]
 
 
 class _Precision:

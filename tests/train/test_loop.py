@@ -17,12 +17,13 @@ import torch
 
 from parkdet.runtime.errors import DataError, Interrupted
 from parkdet.runtime.evaluation import ClassAP, Evaluation
+from parkdet.runtime.model_spec import ModelSpec
 from parkdet.train import loop
 from parkdet.train.checkpoint import load_checkpoint
 from parkdet.train.config import TrainSettings, ValSettings
 from parkdet.train.data.loader import TrainingBatch, TrainingLoader, TrainingSet
 from parkdet.train.data.samples import Sample
-from parkdet.train.loop import StageJob, StageTrainer
+from parkdet.train.loop import StageJob, StageTrainer, repeatable
 from parkdet.train.model.loss import DetectionLoss
 from parkdet.train.model.network import Yolov5, build_network
 from parkdet.train.schedule import Schedule
@@ -396,3 +397,32 @@ def test_a_gpu_computes_in_what_it_has_units_for(
     found = loop._Precision("auto", torch.device("cuda:0"))
     assert found.dtype is dtype
     assert loop._Precision("auto", CPU).dtype is None
+
+
+def test_equal_steps_give_equal_bits_where_matches_share_their_cells() -> None:
+    # Large enough that torch shares the work among threads, which then race for the same cells.
+    spec = ModelSpec(
+        class_names=("a", "b"),
+        strides=(8, 16, 32),
+        anchors=tuple(((8.0 * s, 8.0 * s), (6.0 * s, 9.0 * s), (9.0 * s, 6.0 * s)) for s in (1, 2, 4)),
+        imgsz=320,
+    )
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(16, 3, 320 // stride, 320 // stride, 7) for stride in spec.strides]
+    heads = [torch.randn(shape, generator=generator) for shape in shapes]
+    targets = torch.rand(3000, 6, generator=generator)
+    targets[:, 0] = (targets[:, 0] * 16).long()
+    targets[:, 1] = (targets[:, 1] * 2).long()
+    targets[:, 4:] = targets[:, 4:] * 0.2 + 0.1
+    loss_of = DetectionLoss(spec)
+
+    def gradients() -> list[torch.Tensor]:
+        leaves = [head.clone().requires_grad_() for head in heads]
+        loss_of(leaves, targets)[0].backward()  # type: ignore[no-untyped-call]
+        return [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+    with repeatable(torch.device("cpu")):
+        first = gradients()
+        for _ in range(10):
+            assert all(torch.equal(a, b) for a, b in zip(first, gradients(), strict=True))
+    assert not torch.are_deterministic_algorithms_enabled()
