@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from parkdet.runtime.errors import ArtifactError
@@ -49,8 +49,6 @@ class ModelSpec:
     inputs: tuple[TensorSpec, ...] = ()
     outputs: tuple[TensorSpec, ...] = ()
     checkpoint_sha256: str = ""
-    notes: dict[str, str] = field(default_factory=dict)
-    """What else an artifact says of itself: the exporter's version, the images it was proven on."""
 
     def __post_init__(self) -> None:
         if not self.category_ids:

@@ -6,6 +6,7 @@ A run folder holds `run.json` (the fingerprint: what must be equal for two runs 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -109,6 +110,8 @@ class RunStore:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = _locked(self.run_folder)
         except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise  # a full disk is no mistake of the command line
             raise UsageError(f"{folder}: cannot be written ({error.strerror}); choose another --project") from error
         try:
             self._open(folder)

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from parkdet.runtime.backends.base import available_cpus
 from parkdet.runtime.errors import DataError, UsageError
 from parkdet.runtime.terminal import interrupts_held_back
 from parkdet.train.data.scene_render import draw_scene
@@ -102,7 +103,7 @@ def write_demo_data(
     try:
         with _written_beside(folder) as unfinished:
             drawn = _draw_all(
-                _orders(train, test, seed), unfinished, size_hw, workers or _cpu_count(), on_drawn or _ignore
+                _orders(train, test, seed), unfinished, size_hw, workers or available_cpus(), on_drawn or _ignore
             )
             _write_lists(unfinished, drawn[:train], drawn[train:], size_hw)
     except BrokenProcessPool as error:
@@ -129,11 +130,6 @@ def _written_beside(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
-
-
-def _cpu_count() -> int:
-    """CPUs that this process may use, where the system tells."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _ignore(_done: int, _total: int) -> None:
