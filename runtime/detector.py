@@ -11,14 +11,15 @@ from typing import Self
 
 import numpy as np
 
-from parkdet.runtime.backends.base import open_backend
+from parkdet.runtime.backends.base import FinishingBackend, open_backend
+from parkdet.runtime.canvas_choice import fit_letterbox
 from parkdet.runtime.detections import Detections
 from parkdet.runtime.errors import UsageError
 from parkdet.runtime.geometry import ImageArray, Letterbox
 from parkdet.runtime.images import list_images, read_image
 from parkdet.runtime.model_spec import ModelSpec
 from parkdet.runtime.nms import NmsSettings
-from parkdet.runtime.pipeline import fit_letterbox, post_process, refuse_unfit_views
+from parkdet.runtime.pipeline import finish, post_process, refuse_unfit_views
 
 Picture = ImageArray | str | os.PathLike[str]
 """An image: BGR (h, w, 3) uint8 as OpenCV reads it, or the path of a file."""
@@ -113,9 +114,13 @@ class Detector:
         self.close()
 
     def _infer(self, indices: list[int], pictures: list[ImageArray], letterboxes: list[Letterbox]) -> list[Detections]:
-        canvases = np.stack([letterboxes[index].apply(pictures[index]) for index in indices])
-        heads = self._backend.infer(canvases)
-        done = post_process(heads, self.spec, self.nms, [letterboxes[index] for index in indices])
+        onto = [letterboxes[index] for index in indices]
+        if isinstance(self._backend, FinishingBackend):
+            on_canvas = self._backend.detect([pictures[index] for index in indices], onto, self.nms)
+            done = [finish(*one, letterbox) for one, letterbox in zip(on_canvas, onto, strict=True)]
+        else:
+            canvases = np.stack([letterboxes[index].apply(pictures[index]) for index in indices])
+            done = post_process(self._backend.infer(canvases), self.spec, self.nms, onto)
         return [detections for detections, _ in done]
 
 

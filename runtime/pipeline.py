@@ -20,14 +20,15 @@ from pathlib import Path
 
 import numpy as np
 
-from parkdet.runtime.backends.base import Backend, available_cpus
+from parkdet.runtime.backends.base import Backend, FinishingBackend, available_cpus
+from parkdet.runtime.canvas_choice import fit_letterbox
 from parkdet.runtime.detections import Detections
 from parkdet.runtime.errors import ArtifactError, DataError, UsageError
 from parkdet.runtime.geometry import FloatArray, ImageArray, Letterbox, xyxy_to_xywh
 from parkdet.runtime.heads import decode_candidates
 from parkdet.runtime.images import read_image
 from parkdet.runtime.model_spec import ModelSpec
-from parkdet.runtime.nms import NmsSettings, suppress
+from parkdet.runtime.nms import NmsCounts, NmsSettings, suppress
 from parkdet.runtime.shards import CapCounts, FailedImage, ImageResult
 from parkdet.runtime.store import RunStore
 
@@ -114,20 +115,6 @@ def refuse_unfit_views(spec: ModelSpec, asked: bool, where: str | os.PathLike[st
         )
 
 
-def fit_letterbox(image_hw: tuple[int, int], imgsz: int, backend: Backend) -> Letterbox:
-    """The image's way onto its own canvas, or onto the one size that the graph was exported for."""
-    _, height, width = backend.fixed_input
-    stride = backend.spec.stride_max
-    own = Letterbox.fit(image_hw, imgsz, stride)
-    if height is None and width is None:
-        return own
-    canvas = (height or own.canvas_hw[0], width or own.canvas_hw[1])
-    # The largest long side, up to imgsz, with which both sides fit.
-    sides = zip(canvas, image_hw, strict=True)
-    long = min(imgsz, *(side * max(image_hw) // length for side, length in sides))
-    return Letterbox.fit(image_hw, max(long, 1), stride, canvas)
-
-
 def post_process(
     heads: Sequence[FloatArray], spec: ModelSpec, nms: NmsSettings, letterboxes: Sequence[Letterbox]
 ) -> list[tuple[Detections, CapCounts]]:
@@ -138,21 +125,25 @@ def post_process(
         raise ArtifactError(
             f"the graph's outputs do not fit its model spec ({error}); run 'parkdet export' again"
         ) from error
-    done = []
-    for of_image, letterbox in zip(candidates, letterboxes, strict=True):
-        on_canvas, counts = suppress(of_image, nms)
-        in_image, without_area = on_canvas.moved(letterbox.to_image(on_canvas.xyxy))
-        caps = CapCounts(over_limit=counts.over_limit, at_max_det=int(counts.at_max_det), without_area=without_area)
-        done.append((in_image, caps))
-    return done
+    return [
+        finish(*suppress(of_image, nms), letterbox) for of_image, letterbox in zip(candidates, letterboxes, strict=True)
+    ]
+
+
+def finish(on_canvas: Detections, counts: NmsCounts, letterbox: Letterbox) -> tuple[Detections, CapCounts]:
+    """One image's detections from canvas to image pixels, and what was cut off."""
+    in_image, without_area = on_canvas.moved(letterbox.to_image(on_canvas.xyxy))
+    caps = CapCounts(over_limit=counts.over_limit, at_max_det=int(counts.at_max_det), without_area=without_area)
+    return in_image, caps
 
 
 @dataclass(slots=True)
 class _Loaded:
-    """An image on its canvas, or the reason why not."""
+    """An image ready for the backend, or the reason why not."""
 
     item: ImageItem
-    canvas: ImageArray | None = None
+    pixels: ImageArray | None = None
+    """Its canvas; the decoded image where the backend letterboxes."""
     letterbox: Letterbox | None = None
     file_bytes: int = -1
     reason: str = ""
@@ -233,12 +224,12 @@ class Pipeline:
         decoded = time.perf_counter()
         letterbox = fit_letterbox((image.shape[0], image.shape[1]), self.settings.imgsz, self.backend)
         try:
-            canvas = letterbox.apply(image)
+            pixels = image if isinstance(self.backend, FinishingBackend) else letterbox.apply(image)
         except (cv2.error, MemoryError) as error:
             return _Loaded(item, reason=f"cannot be scaled ({str(error).strip() or 'out of memory'})")
         return _Loaded(
             item,
-            canvas,
+            pixels,
             letterbox,
             file_bytes=file_bytes,
             decode_s=decoded - started,
@@ -246,22 +237,13 @@ class Pipeline:
         )
 
     def _run_batch(self, batch: list[_Loaded]) -> _Done:
-        canvases = np.stack([loaded.canvas for loaded in batch if loaded.canvas is not None])
         letterboxes = [loaded.letterbox for loaded in batch if loaded.letterbox is not None]
-        for loaded in batch:
-            loaded.canvas = None
-        with self._model_slots:
-            started = time.perf_counter()
-            heads = self.backend.infer(canvases)
-            model_s = time.perf_counter() - started
-        del canvases
+        finished, model_s, post_s = self._detect([_taken(loaded) for loaded in batch], letterboxes)
         started = time.perf_counter()
         spec = self.backend.spec
         category_ids = np.array(spec.category_ids, np.int32)
         images = []
-        for loaded, (detections, caps) in zip(
-            batch, post_process(heads, spec, self.settings.nms, letterboxes), strict=True
-        ):
+        for loaded, (detections, caps) in zip(batch, finished, strict=True):
             result = ImageResult(
                 image_id=loaded.item.image_id,
                 file_bytes=loaded.file_bytes,
@@ -270,7 +252,29 @@ class Pipeline:
                 category_ids=category_ids[detections.class_ids],
             )
             images.append((result, caps))
-        return _Done(images, model_s, time.perf_counter() - started)
+        return _Done(images, model_s, post_s + time.perf_counter() - started)
+
+    def _detect(
+        self, pixels: list[ImageArray], letterboxes: list[Letterbox]
+    ) -> tuple[list[tuple[Detections, CapCounts]], float, float]:
+        """What was found on a batch, in image pixels, and the seconds that model and post-processing took."""
+        nms = self.settings.nms
+        if isinstance(self.backend, FinishingBackend):
+            with self._model_slots:
+                started = time.perf_counter()
+                on_canvas = self.backend.detect(pixels, letterboxes, nms)
+                modelled = time.perf_counter()
+            found = [finish(*one, letterbox) for one, letterbox in zip(on_canvas, letterboxes, strict=True)]
+        else:
+            canvases = np.stack(pixels)
+            pixels.clear()
+            with self._model_slots:
+                started = time.perf_counter()
+                heads = self.backend.infer(canvases)
+                modelled = time.perf_counter()
+            del canvases
+            found = post_process(heads, self.backend.spec, nms, letterboxes)
+        return found, modelled - started, time.perf_counter() - modelled
 
 
 class _Run:
@@ -299,7 +303,7 @@ class _Run:
 
     def shard(self, items: list[ImageItem], loading: Iterator[_Loaded]) -> None:
         """Do a stretch of the list and write its shard; on an error or a stop, what there is of it."""
-        groups: OrderedDict[tuple[int, ...], list[_Loaded]] = OrderedDict()
+        groups: OrderedDict[tuple[int, int], list[_Loaded]] = OrderedDict()
         batch_size = self.pipeline.settings.batch_size
         self.results, self.failed = {}, []
         try:
@@ -309,13 +313,14 @@ class _Run:
                     break
                 loaded = next(loading)
                 self._count_loading(loaded)
-                if loaded.canvas is None:
+                if loaded.letterbox is None:
                     self._fail(loaded)
                     continue
-                group = groups.setdefault(loaded.canvas.shape, [])
+                canvas = loaded.letterbox.canvas_hw
+                group = groups.setdefault(canvas, [])
                 group.append(loaded)
                 if len(group) == batch_size:
-                    self._start(groups.pop(loaded.canvas.shape))
+                    self._start(groups.pop(canvas))
                 elif sum(map(len, groups.values())) >= _WAITING_BATCHES * batch_size:
                     self._start(groups.popitem(last=False)[1])
             for rest in groups.values():
@@ -394,6 +399,13 @@ def _ahead(
     finally:
         for future in waiting:
             future.cancel()
+
+
+def _taken(loaded: _Loaded) -> ImageArray:
+    """The pixels, handed over: a batch in progress must not hold them twice."""
+    pixels, loaded.pixels = loaded.pixels, None
+    assert pixels is not None
+    return pixels
 
 
 def _check_ids(items: Sequence[ImageItem]) -> None:

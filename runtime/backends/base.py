@@ -9,14 +9,20 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from parkdet.runtime.errors import ArtifactError, ParkdetError, UsageError
-from parkdet.runtime.geometry import FloatArray, ImageArray
+from parkdet.runtime.geometry import FloatArray, ImageArray, Letterbox
 from parkdet.runtime.model_spec import SPEC_KEY, ModelSpec, TensorSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from parkdet.runtime.detections import Detections
+    from parkdet.runtime.nms import NmsCounts, NmsSettings
 
 Goal = Literal["throughput", "latency"]
 
@@ -44,6 +50,26 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Give the memory back; `infer` must not be called again."""
+        ...
+
+
+@runtime_checkable
+class FinishingBackend(Backend, Protocol):
+    """A backend that letterboxes and suppresses on its own device: images in, finished detections out.
+
+    `infer` gives the raw heads of canvases all the same.
+    """
+
+    canvases: tuple[tuple[int, int], ...]
+    """Height and width of every canvas that it runs; empty where any will do."""
+
+    def detect(
+        self, images: Sequence[ImageArray], letterboxes: Sequence[Letterbox], nms: NmsSettings
+    ) -> list[tuple[Detections, NmsCounts]]:
+        """Detections in canvas pixels of each image (h, w, 3) uint8 BGR, and what the caps cut off.
+
+        The letterboxes, one an image, are all onto one canvas. May be called from several threads.
+        """
         ...
 
 

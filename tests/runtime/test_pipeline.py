@@ -14,11 +14,12 @@ import numpy as np
 import polars as pl
 import pytest
 
+from parkdet.runtime.canvas_choice import fit_letterbox
 from parkdet.runtime.errors import ArtifactError, DataError, ParkdetError, UsageError
 from parkdet.runtime.geometry import FloatArray, ImageArray, Letterbox, areas, xyxy_to_xywh
 from parkdet.runtime.heads import decode_heads
 from parkdet.runtime.nms import NmsSettings, non_max_suppression
-from parkdet.runtime.pipeline import ImageItem, Pipeline, PipelineReport, PipelineSettings, fit_letterbox
+from parkdet.runtime.pipeline import ImageItem, Pipeline, PipelineReport, PipelineSettings
 from parkdet.runtime.store import RunStore, covered_images, failed_images, read_predictions
 
 SIZES = ((60, 90), (90, 60), (60, 90), (50, 50), (1, 1), (300, 40), (90, 60), (60, 90), (45, 96), (60, 90), (7, 3))
