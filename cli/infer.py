@@ -44,7 +44,7 @@ def _images_of(options: dict[str, Any]) -> Path | None:
     source: Path | None = options.get("source")
     data: Path | None = options.get("data")
     if data is not None:
-        return ContestData(data).images_folder("train" if options.get("split") == "train" else "test")
+        return ContestData(data).images_folder("test" if options.get("split") == "test" else "train")
     return source if source is not None and source.is_dir() else None
 
 

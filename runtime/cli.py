@@ -18,10 +18,10 @@ import click
 @click.option("--data", type=click.Path(path_type=Path), metavar="DIR", help="Data set in the contest's layout.")
 @click.option(
     "--split",
-    type=click.Choice(["test", "train"]),
+    type=click.Choice(["test", "train", "val"]),
     default="test",
     show_default=True,
-    help="Which images of --data.",
+    help="Which images of --data; val: those that the model's training held out.",
 )
 @click.option(
     "--source",
@@ -75,6 +75,7 @@ import click
 )
 @click.option("--name", default="exp", show_default=True, help="Run folder; a number is added when it is taken.")
 @click.option("--exist-ok", is_flag=True, help="Use the folder --name itself, or stop if another run has it.")
+@click.option("--keep-candidates", is_flag=True, help="Store what enters NMS too: 'parkdet submit --tune' repeats it.")
 @click.option("--fresh", is_flag=True, help="Begin a new run even if an equal one can be continued.")
 def infer(
     weights: Path, conf_thres: float | None, iou_thres: float | None, best_class_only: bool, agnostic_nms: bool,

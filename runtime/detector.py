@@ -121,7 +121,7 @@ class Detector:
         else:
             canvases = np.stack([letterboxes[index].apply(pictures[index]) for index in indices])
             done = post_process(self._backend.infer(canvases), self.spec, self.nms, onto)
-        return [detections for detections, _ in done]
+        return [image.detections for image in done]
 
 
 def _pixels(image: Picture) -> ImageArray:

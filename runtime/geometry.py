@@ -126,9 +126,20 @@ class Letterbox:
 
     def to_image(self, canvas_xyxy: NDArray[np.floating[Any]]) -> FloatArray:
         """Boxes (N, 4), xyxy: canvas to image pixels, clipped to the image. Each axis has its own ratio."""
-        boxes = (np.asarray(canvas_xyxy, np.float32).reshape(-1, 4) - self._offset()) / self._scale()
+        return np.asarray(np.clip(self._unclipped(canvas_xyxy), 0, self._limits()), np.float32)
+
+    def reach_out(self, canvas_xyxy: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
+        """(N,): which boxes reach over the image's edge, so that `to_image` clips them."""
+        boxes = self._unclipped(canvas_xyxy)
+        return np.asarray(((boxes < 0) | (boxes > self._limits())).any(axis=1))
+
+    def _unclipped(self, canvas_xyxy: NDArray[np.floating[Any]]) -> FloatArray:
+        boxes = np.asarray(canvas_xyxy, np.float32).reshape(-1, 4)
+        return np.asarray((boxes - self._offset()) / self._scale(), np.float32)
+
+    def _limits(self) -> FloatArray:
         height, width = self.image_hw
-        return np.asarray(np.clip(boxes, 0, np.array([width, height, width, height], np.float32)), np.float32)
+        return np.array([width, height, width, height], np.float32)
 
     def _scale(self) -> FloatArray:
         y, x = self.resized_hw[0] / self.image_hw[0], self.resized_hw[1] / self.image_hw[1]

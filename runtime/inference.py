@@ -15,9 +15,16 @@ from parkdet.runtime.errors import DataError, Interrupted, UsageError
 from parkdet.runtime.images import list_images
 from parkdet.runtime.model_spec import ModelSpec
 from parkdet.runtime.nms import NmsSettings
-from parkdet.runtime.pipeline import STAGES, ImageItem, Pipeline, PipelineReport, PipelineSettings
+from parkdet.runtime.pipeline import (
+    STAGES,
+    ImageItem,
+    Pipeline,
+    PipelineReport,
+    PipelineSettings,
+)
 from parkdet.runtime.run_folder import next_run_folder
 from parkdet.runtime.shards import CapCounts, FailedImage, write_atomically
+from parkdet.runtime.split import split_ids
 from parkdet.runtime.store import (
     Fingerprint,
     RunStore,
@@ -39,6 +46,7 @@ class InferOptions:
     data: Path | None = None
     """A data set in the contest's layout."""
     split: str = "test"
+    """Which images of it: `test`, `train` (all that have labels), or `val`, those held out of the training."""
     source: Path | None = None
     """Instead of `data`: a folder of images, or one image."""
     imgsz: int | None = None
@@ -58,6 +66,8 @@ class InferOptions:
     exist_ok: bool = False
     fresh: bool = False
     """Begin a new run even where an equal one could be continued."""
+    keep_candidates: bool = False
+    """Store what entered NMS too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,8 +113,15 @@ def run_inference(artifact: Path, options: InferOptions) -> InferReport:
     path = resolve_artifact(artifact)
     items = _images(options)
     with open_backend(path, options.backend, options.device, options.threads) as backend:
+        if options.split == "val":
+            items = _held_out(items, backend.spec)
         nms = _nms_settings(options, backend.spec)
-        settings = PipelineSettings(nms=nms, imgsz=options.imgsz or backend.spec.imgsz, batch_size=options.batch_size)
+        settings = PipelineSettings(
+            nms=nms,
+            imgsz=options.imgsz or backend.spec.imgsz,
+            batch_size=options.batch_size,
+            keep_candidates=options.keep_candidates,
+        )
         pipeline = Pipeline(backend, settings)
         fingerprint = fingerprint_of(backend, settings, items)
         file_bytes = {item.image_id: item.file_bytes() for item in items}
@@ -115,7 +132,7 @@ def run_inference(artifact: Path, options: InferOptions) -> InferReport:
             f"IoU {nms.iou:g}, at most {nms.max_det} an image",
             err=True,
         )
-        with RunStore(folder, fingerprint, file_bytes) as store:
+        with RunStore(folder, fingerprint, file_bytes, settings.keep_candidates) as store:
             for message in store.messages:
                 click.echo(message, err=True)
             already = len(store.covered)
@@ -175,6 +192,7 @@ def fingerprint_of(backend: Backend, settings: PipelineSettings, items: list[Ima
         "max_det": nms.max_det,
         "multi_label": nms.multi_label,
         "agnostic": nms.agnostic,
+        "keep_candidates": settings.keep_candidates,
         "image_list": images.hexdigest(),
         "images": len(items),
     }
@@ -182,6 +200,8 @@ def fingerprint_of(backend: Backend, settings: PipelineSettings, items: list[Ima
 
 def _images(options: InferOptions) -> list[ImageItem]:
     if options.source is not None:
+        if options.split != "test":
+            raise UsageError(f"--split {options.split} is a part of a data set: give the data set with --data")
         return [
             ImageItem(image_id=number, file_name=path.name, path=path)
             for number, path in enumerate(list_images(options.source), start=1)
@@ -198,6 +218,14 @@ def _images(options: InferOptions) -> list[ImageItem]:
         )
         for record, match in zip(listed.records, listed.matches, strict=True)
     ]
+
+
+def _held_out(items: list[ImageItem], spec: ModelSpec) -> list[ImageItem]:
+    """Those that validated when the model was trained, in the order of the list."""
+    val_ids = set(split_ids([item.image_id for item in items], spec.split_seed, spec.split_count).val_ids)
+    if not val_ids:
+        raise UsageError(f"of {len(items)} images none is held out to validate on; run --split train or test")
+    return [item for item in items if item.image_id in val_ids]
 
 
 def _run_folder(options: InferOptions, fingerprint: Fingerprint, file_bytes: dict[int, int]) -> Path:
@@ -251,7 +279,7 @@ def _print_summary(report: InferReport) -> None:
     caps = report.caps
     click.echo(
         f"Cut off: {caps.over_limit} candidates over the limit, {caps.at_max_det} images at --max-det, "
-        f"{caps.without_area} boxes without area."
+        f"{caps.without_area} boxes without area. Boxes clipped at the image's edge: {caps.clipped}."
     )
     work = report.work
     if work is None or not work.done:

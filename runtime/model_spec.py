@@ -42,6 +42,10 @@ class ModelSpec:
     """IoU above which the lower of two boxes goes,"""
     max_det: int = 50
     """and detections kept an image. The defaults are the contest's."""
+    split_seed: int = 100
+    """Which images validated: the arguments of `runtime.split.split_ids`. The defaults are the contest's,"""
+    split_count: int | None = None
+    """whose 3,000 become an eighth of a smaller data set."""
     precision: str = "fp32"
     """Precision of the weights as stored: fp32, fp16 or int8."""
     tta: bool = False

@@ -86,7 +86,11 @@ class RankedCandidates:
 
 def suppress(candidates: Candidates, settings: NmsSettings) -> tuple[Detections, NmsCounts]:
     """Detections in canvas pixels of one image's candidates, and what the caps did."""
-    ranked = rank(candidates, settings)
+    return suppress_ranked(rank(candidates, settings), settings)
+
+
+def suppress_ranked(ranked: RankedCandidates, settings: NmsSettings) -> tuple[Detections, NmsCounts]:
+    """The greedy pass alone: detections in canvas pixels, and what the caps did."""
     kept, stopped = greedy(ranked, settings)
     counts = NmsCounts(candidates=ranked.found, over_limit=max(ranked.found - MAX_CANDIDATES, 0), at_max_det=stopped)
     return Detections(ranked.xyxy[kept], ranked.scores[kept], ranked.class_ids[kept]), counts

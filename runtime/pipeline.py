@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from parkdet.runtime.backends.base import Backend, FinishingBackend, available_cpus
+from parkdet.runtime.candidates import ImageCandidates
 from parkdet.runtime.canvas_choice import fit_letterbox
 from parkdet.runtime.detections import Detections
 from parkdet.runtime.errors import ArtifactError, DataError, UsageError
@@ -28,11 +29,12 @@ from parkdet.runtime.geometry import FloatArray, ImageArray, Letterbox, xyxy_to_
 from parkdet.runtime.heads import decode_candidates
 from parkdet.runtime.images import read_image
 from parkdet.runtime.model_spec import ModelSpec
-from parkdet.runtime.nms import NmsCounts, NmsSettings, suppress
+from parkdet.runtime.nms import NmsCounts, NmsSettings, RankedCandidates, rank, suppress_ranked
 from parkdet.runtime.shards import CapCounts, FailedImage, ImageResult
 from parkdet.runtime.store import RunStore
 
-SHARD_IMAGES = 500
+_SHARD_IMAGES = {False: 500, True: 100}
+"""By whether candidates are kept: an image's may take a megabyte, and a shard's are in memory until it is written."""
 _WAITING_BATCHES = 4
 """Canvases of rare sizes wait for company up to this many batches in all; then the oldest go as they are."""
 
@@ -66,14 +68,17 @@ class PipelineSettings:
     imgsz: int
     """Length in pixels to which the long side is scaled."""
     batch_size: int = 1
-    shard_images: int = SHARD_IMAGES
+    shard_images: int | None = None
+    """Images a shard; by default 500, or 100 where candidates are kept."""
+    keep_candidates: bool = False
+    """Whether results bring what entered their NMS."""
     loaders: int | None = None
     """Threads that decode and letterbox; by default as many as the process has processors, at most 16."""
 
     def __post_init__(self) -> None:
         for name in ("imgsz", "batch_size", "shard_images"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UsageError(f"{name} must be at least 1, not {value}")
 
 
 @dataclass(slots=True)
@@ -115,26 +120,46 @@ def refuse_unfit_views(spec: ModelSpec, asked: bool, where: str | os.PathLike[st
         )
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ProcessedImage:
+    """What became of one image's heads."""
+
+    detections: Detections
+    """In image pixels."""
+    caps: CapCounts
+    ranked: RankedCandidates | None = None
+    """What entered NMS, in canvas pixels; None from a backend that suppresses on its own device."""
+
+
 def post_process(
     heads: Sequence[FloatArray], spec: ModelSpec, nms: NmsSettings, letterboxes: Sequence[Letterbox]
-) -> list[tuple[Detections, CapCounts]]:
-    """Detections in image pixels for each image of a batch of raw heads, and what was cut off."""
+) -> list[ProcessedImage]:
+    """Each image's detections out of a batch of raw heads, and what was cut off."""
     try:
         candidates = decode_candidates(heads, spec, nms.conf)
     except ValueError as error:
         raise ArtifactError(
             f"the graph's outputs do not fit its model spec ({error}); run 'parkdet export' again"
         ) from error
-    return [
-        finish(*suppress(of_image, nms), letterbox) for of_image, letterbox in zip(candidates, letterboxes, strict=True)
-    ]
+    done = []
+    for of_image, letterbox in zip(candidates, letterboxes, strict=True):
+        ranked = rank(of_image, nms)
+        done.append(finish(*suppress_ranked(ranked, nms), letterbox, ranked))
+    return done
 
 
-def finish(on_canvas: Detections, counts: NmsCounts, letterbox: Letterbox) -> tuple[Detections, CapCounts]:
+def finish(
+    on_canvas: Detections, counts: NmsCounts, letterbox: Letterbox, ranked: RankedCandidates | None = None
+) -> ProcessedImage:
     """One image's detections from canvas to image pixels, and what was cut off."""
     in_image, without_area = on_canvas.moved(letterbox.to_image(on_canvas.xyxy))
-    caps = CapCounts(over_limit=counts.over_limit, at_max_det=int(counts.at_max_det), without_area=without_area)
-    return in_image, caps
+    caps = CapCounts(
+        over_limit=counts.over_limit,
+        at_max_det=int(counts.at_max_det),
+        without_area=without_area,
+        clipped=int(letterbox.reach_out(on_canvas.xyxy).sum()) - without_area,
+    )
+    return ProcessedImage(in_image, caps, ranked)
 
 
 @dataclass(slots=True)
@@ -166,6 +191,7 @@ class Pipeline:
     def __init__(self, backend: Backend, settings: PipelineSettings) -> None:
         refuse_unfit_views(backend.spec, False, backend.path)
         self.backend = backend
+        self._finisher = backend if isinstance(backend, FinishingBackend) and not settings.keep_candidates else None
         self.settings = settings
         self._model_slots = threading.BoundedSemaphore(backend.parallel)
         self._loaders = settings.loaders or min(available_cpus(), 16)
@@ -201,10 +227,11 @@ class Pipeline:
         ):
             run = _Run(self, store, report, stop or threading.Event(), on_progress, len(todo), runners)
             loading = _ahead(loaders, self._load, todo, self._loaders + 2 * self.settings.batch_size)
-            for start in range(0, len(todo), self.settings.shard_images):
+            step = self.settings.shard_images or _SHARD_IMAGES[self.settings.keep_candidates]
+            for start in range(0, len(todo), step):
                 if run.stop.is_set():
                     break
-                run.shard(todo[start : start + self.settings.shard_images], loading)
+                run.shard(todo[start : start + step], loading)
             loading.close()
         report.interrupted = run.stop.is_set() and report.done + len(report.failed) < len(todo)
         report.seconds = time.perf_counter() - started
@@ -224,7 +251,7 @@ class Pipeline:
         decoded = time.perf_counter()
         letterbox = fit_letterbox((image.shape[0], image.shape[1]), self.settings.imgsz, self.backend)
         try:
-            pixels = image if isinstance(self.backend, FinishingBackend) else letterbox.apply(image)
+            pixels = letterbox.apply(image) if self._finisher is None else image
         except (cv2.error, MemoryError) as error:
             return _Loaded(item, reason=f"cannot be scaled ({str(error).strip() or 'out of memory'})")
         return _Loaded(
@@ -243,26 +270,28 @@ class Pipeline:
         spec = self.backend.spec
         category_ids = np.array(spec.category_ids, np.int32)
         images = []
-        for loaded, (detections, caps) in zip(batch, finished, strict=True):
+        for loaded, letterbox, image in zip(batch, letterboxes, finished, strict=True):
+            detections = image.detections
             result = ImageResult(
                 image_id=loaded.item.image_id,
                 file_bytes=loaded.file_bytes,
                 xywh=np.asarray(xyxy_to_xywh(detections.xyxy), np.float32),
                 scores=detections.scores,
                 category_ids=category_ids[detections.class_ids],
+                candidates=self._kept(loaded, letterbox, image.ranked) if self.settings.keep_candidates else None,
             )
-            images.append((result, caps))
+            images.append((result, image.caps))
         return _Done(images, model_s, post_s + time.perf_counter() - started)
 
     def _detect(
         self, pixels: list[ImageArray], letterboxes: list[Letterbox]
-    ) -> tuple[list[tuple[Detections, CapCounts]], float, float]:
+    ) -> tuple[list[ProcessedImage], float, float]:
         """What was found on a batch, in image pixels, and the seconds that model and post-processing took."""
         nms = self.settings.nms
-        if isinstance(self.backend, FinishingBackend):
+        if self._finisher is not None:
             with self._model_slots:
                 started = time.perf_counter()
-                on_canvas = self.backend.detect(pixels, letterboxes, nms)
+                on_canvas = self._finisher.detect(pixels, letterboxes, nms)
                 modelled = time.perf_counter()
             found = [finish(*one, letterbox) for one, letterbox in zip(on_canvas, letterboxes, strict=True)]
         else:
@@ -275,6 +304,17 @@ class Pipeline:
             del canvases
             found = post_process(heads, self.backend.spec, nms, letterboxes)
         return found, modelled - started, time.perf_counter() - modelled
+
+    def _kept(self, loaded: _Loaded, letterbox: Letterbox, ranked: RankedCandidates | None) -> ImageCandidates:
+        assert ranked is not None  # the backend's own device was not asked to finish
+        return ImageCandidates(
+            image_id=loaded.item.image_id,
+            letterbox=letterbox,
+            settings=self.settings.nms,
+            xyxy=ranked.xyxy,
+            scores=ranked.scores,
+            category_ids=np.array(self.backend.spec.category_ids, np.int32)[ranked.class_ids],
+        )
 
 
 class _Run:

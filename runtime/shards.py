@@ -13,13 +13,16 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from parkdet.runtime.errors import ArtifactError, ParkdetError
 from parkdet.runtime.geometry import FloatArray
+
+if TYPE_CHECKING:
+    from parkdet.runtime.candidates import ImageCandidates
 
 SHARD_KEY = "parkdet.shard"
 _VERSION = 1
@@ -40,6 +43,8 @@ class ImageResult:
     """(N,)"""
     category_ids: NDArray[np.int32]
     """(N,): the data set's own ids."""
+    candidates: ImageCandidates | None = None
+    """What entered NMS, where the run keeps it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,13 +65,16 @@ class CapCounts:
     at_max_det: int = 0
     """Images whose detections reached max_det with candidates left."""
     without_area: int = 0
-    """Boxes that had no area inside the image."""
+    """Boxes that had no area inside the image, and were dropped."""
+    clipped: int = 0
+    """Boxes that reached over the image's edge, and were cut there."""
 
     def __add__(self, other: CapCounts) -> CapCounts:
         return CapCounts(
             over_limit=self.over_limit + other.over_limit,
             at_max_det=self.at_max_det + other.at_max_det,
             without_area=self.without_area + other.without_area,
+            clipped=self.clipped + other.clipped,
         )
 
 
@@ -90,11 +98,35 @@ def shard_paths(folder: Path) -> list[Path]:
     )
 
 
-def _schema() -> Any:
-    import pyarrow as pa
+@dataclass(frozen=True, slots=True)
+class ParquetColumns:
+    """The columns of a shard: image id, category id, and float32 columns of these names."""
 
-    floats = [(name, pa.float32()) for name in _COLUMNS]
-    return pa.schema([("image_id", pa.int64()), ("category_id", pa.int32()), *floats])
+    floats: tuple[str, ...]
+
+    def schema(self) -> Any:
+        """As pyarrow has it."""
+        import pyarrow as pa
+
+        floats = [(name, pa.float32()) for name in self.floats]
+        return pa.schema([("image_id", pa.int64()), ("category_id", pa.int32()), *floats])
+
+
+_SCHEMA = ParquetColumns(_COLUMNS)
+
+
+def write_table(
+    path: Path, columns: ParquetColumns, values: Sequence[NDArray[Any]], metadata: Mapping[str, str]
+) -> None:
+    """Write a Parquet file with page checksums; on the disk when this returns. ParkdetError when it cannot be."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = columns.schema().with_metadata(dict(metadata))
+    table = pa.table([pa.array(column) for column in values], schema=schema)
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    write_atomically(path, sink.getvalue().to_pybytes())
 
 
 def read_table(path: Path) -> Any:
@@ -114,7 +146,7 @@ def read_shard(path: Path) -> Shard:
     """Read and check a whole shard. ArtifactError when it is damaged or none of ours."""
     table = read_table(path)
     metadata = table.schema.metadata or {}
-    if SHARD_KEY.encode() not in metadata or not table.schema.equals(_schema(), check_metadata=False):
+    if SHARD_KEY.encode() not in metadata or not table.schema.equals(_SCHEMA.schema(), check_metadata=False):
         raise ArtifactError(f"{path}: is not a shard of predictions")
     try:
         values = json.loads(metadata[SHARD_KEY.encode()])
@@ -149,9 +181,6 @@ def write_shard(
 
     ParkdetError when it cannot be written; nothing is left of it then.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     counts = [len(result.scores) for result in results]
     boxes = np.concatenate([np.zeros((0, 4), np.float32), *(result.xywh for result in results)])
     columns = [
@@ -177,11 +206,7 @@ def write_shard(
         "failed": [asdict(image) for image in failed],
         "caps": asdict(caps),
     }
-    schema = _schema().with_metadata({SHARD_KEY: json.dumps(description)})
-    table = pa.table([pa.array(column) for column in columns], schema=schema)
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-    write_atomically(path, sink.getvalue().to_pybytes())
+    write_table(path, _SCHEMA, columns, {SHARD_KEY: json.dumps(description)})
     return shard
 
 

@@ -1,7 +1,8 @@
 """A run folder's predictions: shards, written one after the other, locked, repaired and read together.
 
 A run folder holds `run.json` (the fingerprint: what must be equal for two runs to be one), `.lock`, and
-`predictions/part-00000.parquet`, `part-00001.parquet`, ... (see `shards.py`).
+`predictions/part-00000.parquet`, `part-00001.parquet`, ... (see `shards.py`); with candidates kept, also
+`candidates/part-00000.parquet`, ... (see `candidates.py`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from parkdet.runtime.candidates import CANDIDATES_FOLDER, read_candidate_shard, write_candidate_shard
 from parkdet.runtime.errors import ArtifactError, InUseError, UsageError
 from parkdet.runtime.shards import (
     REDO,
@@ -74,9 +76,15 @@ class RunStore:
         run_folder: str | os.PathLike[str],
         fingerprint: Fingerprint,
         file_bytes: Mapping[int, int] | None = None,
+        keep_candidates: bool = False,
     ) -> None:
-        """`file_bytes`: today's size of the image files by id; a file replaced since makes another run."""
+        """`file_bytes`: today's size of the image files by id; a file replaced since makes another run.
+
+        With `keep_candidates` every result that is written must have them, and a shard counts as done only
+        where its candidates are there too.
+        """
         self.run_folder = Path(run_folder)
+        self._keep_candidates = keep_candidates
         self._file_bytes = dict(file_bytes or {})
         self.fingerprint = dict(fingerprint)
         self.messages: list[str] = []
@@ -143,12 +151,19 @@ class RunStore:
         folder = self.run_folder / FOLDER
         last = max((int(path.stem[5:]) for path in shard_paths(folder)), default=-1)
         path = folder / f"part-{last + 1:05d}.parquet"
+        if self._keep_candidates:
+            # First, so that a shard of predictions never stands without them.
+            kept = [result.candidates for result in results if result.candidates is not None]
+            assert len(kept) == len(results), "a run that keeps candidates got a result without"
+            (self.run_folder / CANDIDATES_FOLDER).mkdir(exist_ok=True)
+            write_candidate_shard(self.run_folder / CANDIDATES_FOLDER / path.name, kept)
         shard = write_shard(path, self.fingerprint, results, failed, caps or CapCounts())
         self._contents.add(shard)
         return path
 
     def _open(self, folder: Path) -> None:
-        for leftover in (*folder.glob(".*.tmp"), *self.run_folder.glob(".*.tmp")):
+        beside = self.run_folder / CANDIDATES_FOLDER
+        for leftover in (*folder.glob(".*.tmp"), *self.run_folder.glob(".*.tmp"), *beside.glob(".*.tmp")):
             leftover.unlink()
         sound: list[Shard] = []
         damaged: dict[Path, ArtifactError] = {}
@@ -175,6 +190,9 @@ class RunStore:
                 "choose another --name"
             )
         # Only now is it known that the folder is ours to repair.
+        if self._keep_candidates:
+            damaged |= {shard.path: damage for shard in mine.shards if (damage := self._candidates_damage(shard))}
+            sound = [shard for shard in sound if shard.path not in damaged]
         self._repair(sound, damaged)
         text = json.dumps({"version": 1, "fingerprint": self.fingerprint}, indent=1, ensure_ascii=False)
         if _run_file_fingerprint(self.run_folder) is None:
@@ -195,6 +213,19 @@ class RunStore:
                 self.messages.append(f"{shard.path}: covers images that another shard has; removed")
             else:
                 self._contents.add(shard)
+        names = {shard.path.name for shard in self._contents.shards}
+        for path in shard_paths(self.run_folder / CANDIDATES_FOLDER):
+            if path.name not in names:
+                path.unlink()
+
+    def _candidates_damage(self, shard: Shard) -> ArtifactError | None:
+        """Why the candidates of a shard are not there."""
+        path = self.run_folder / CANDIDATES_FOLDER / shard.path.name
+        try:
+            covered = tuple(image.image_id for image in read_candidate_shard(path))
+        except ArtifactError as error:
+            return error
+        return None if covered == shard.covered else ArtifactError(f"{path}: is not of {shard.path.name}'s images")
 
     def _unlock(self) -> None:
         if self._lock is not None:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from parkdet.runtime.check_report import CheckReport
-    from parkdet.train.data.split import Split
+    from parkdet.runtime.split import Split
 
 SIZES_SHOWN = 5
 
@@ -60,7 +60,7 @@ def prepare(
     from parkdet.runtime.contest_check import check_data
     from parkdet.runtime.errors import EXIT_DONE, EXIT_FAILED, DataError
     from parkdet.runtime.run_folder import next_run_folder
-    from parkdet.train.data.split import split_ids
+    from parkdet.runtime.split import split_ids
 
     contest = ContestData(data)
     folder = next_run_folder(project, name, exist_ok)

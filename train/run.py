@@ -14,10 +14,10 @@ from parkdet.runtime.contest import ContestData
 from parkdet.runtime.errors import DataError, UsageError
 from parkdet.runtime.run_folder import sole_writer
 from parkdet.runtime.settings import Settings, dump_settings, load_settings
+from parkdet.runtime.split import split_ids
 from parkdet.train.checkpoint import Checkpoint, load_checkpoint
 from parkdet.train.config import Recipe, TrainSettings
 from parkdet.train.data.samples import Sample, samples_from
-from parkdet.train.data.split import split_ids
 from parkdet.train.loop import StageJob, StageTrainer
 from parkdet.train.model.network import Yolov5, build_network, build_network_like
 
@@ -125,7 +125,9 @@ def _train(folder: Path, settings: RunSettings, say: Say, data: TrainingData) ->
         imgsz = whole_cells(stage.imgsz, network.spec.stride_max)
         if imgsz != stage.imgsz:
             say(f"imgsz {stage.imgsz} becomes {imgsz}: a multiple of the largest stride, {network.spec.stride_max}")
-        network.spec = dataclasses.replace(network.spec, imgsz=imgsz)
+        network.spec = dataclasses.replace(
+            network.spec, imgsz=imgsz, split_seed=recipe.split.seed, split_count=recipe.split.count
+        )
         job = StageJob(
             settings=stage.model_copy(update={"imgsz": imgsz}),
             val=recipe.val,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -24,7 +25,7 @@ class TinyModel:
     biases: tuple[FloatArray, ...]
 
     @classmethod
-    def random(cls, seed: int = 0, tta: bool = False) -> TinyModel:
+    def random(cls, seed: int = 0, **spec_fields: Any) -> TinyModel:
         rng = np.random.default_rng(seed)
         spec = ModelSpec(
             class_names=("car", "person", "cart"),
@@ -32,7 +33,7 @@ class TinyModel:
             strides=(8, 16),
             anchors=(((10, 13), (30, 20)), ((60, 50), (100, 90))),
             imgsz=96,
-            tta=tta,
+            **spec_fields,
         )
         channels = spec.anchors_per_cell * spec.num_outputs
         return cls(

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parkdet.runtime.errors import DataError, UsageError
-from parkdet.train.data.split import Split, split_ids
+from parkdet.runtime.split import Split, split_ids
 
 
 def test_no_images() -> None:
