@@ -19,7 +19,8 @@ from parkdet.runtime.geometry import ImageArray, Letterbox
 from parkdet.runtime.images import list_images, read_image
 from parkdet.runtime.model_spec import ModelSpec
 from parkdet.runtime.nms import NmsSettings
-from parkdet.runtime.pipeline import finish, post_process, refuse_unfit_views
+from parkdet.runtime.pipeline import refuse_unfit_views
+from parkdet.runtime.post_processing import finish, post_process
 
 Picture = ImageArray | str | os.PathLike[str]
 """An image: BGR (h, w, 3) uint8 as OpenCV reads it, or the path of a file."""

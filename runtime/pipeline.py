@@ -21,15 +21,13 @@ from pathlib import Path
 import numpy as np
 
 from parkdet.runtime.backends.base import Backend, FinishingBackend, available_cpus
-from parkdet.runtime.candidates import ImageCandidates
 from parkdet.runtime.canvas_choice import fit_letterbox
-from parkdet.runtime.detections import Detections
-from parkdet.runtime.errors import ArtifactError, DataError, UsageError
-from parkdet.runtime.geometry import FloatArray, ImageArray, Letterbox, xyxy_to_xywh
-from parkdet.runtime.heads import decode_candidates
+from parkdet.runtime.errors import DataError, UsageError
+from parkdet.runtime.geometry import ImageArray, Letterbox, xyxy_to_xywh
 from parkdet.runtime.images import read_image
 from parkdet.runtime.model_spec import ModelSpec
-from parkdet.runtime.nms import NmsCounts, NmsSettings, RankedCandidates, rank, suppress_ranked
+from parkdet.runtime.nms import NmsSettings
+from parkdet.runtime.post_processing import ProcessedImage, finish, post_process
 from parkdet.runtime.shards import CapCounts, FailedImage, ImageResult
 from parkdet.runtime.store import RunStore
 
@@ -118,48 +116,6 @@ def refuse_unfit_views(spec: ModelSpec, asked: bool, where: str | os.PathLike[st
             f"{os.fspath(where)}: makes the views of test-time augmentation, which this version does not run; "
             "export again without --tta"
         )
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ProcessedImage:
-    """What became of one image's heads."""
-
-    detections: Detections
-    """In image pixels."""
-    caps: CapCounts
-    ranked: RankedCandidates | None = None
-    """What entered NMS, in canvas pixels; None from a backend that suppresses on its own device."""
-
-
-def post_process(
-    heads: Sequence[FloatArray], spec: ModelSpec, nms: NmsSettings, letterboxes: Sequence[Letterbox]
-) -> list[ProcessedImage]:
-    """Each image's detections out of a batch of raw heads, and what was cut off."""
-    try:
-        candidates = decode_candidates(heads, spec, nms.conf)
-    except ValueError as error:
-        raise ArtifactError(
-            f"the graph's outputs do not fit its model spec ({error}); run 'parkdet export' again"
-        ) from error
-    done = []
-    for of_image, letterbox in zip(candidates, letterboxes, strict=True):
-        ranked = rank(of_image, nms)
-        done.append(finish(*suppress_ranked(ranked, nms), letterbox, ranked))
-    return done
-
-
-def finish(
-    on_canvas: Detections, counts: NmsCounts, letterbox: Letterbox, ranked: RankedCandidates | None = None
-) -> ProcessedImage:
-    """One image's detections from canvas to image pixels, and what was cut off."""
-    in_image, without_area = on_canvas.moved(letterbox.to_image(on_canvas.xyxy))
-    caps = CapCounts(
-        over_limit=counts.over_limit,
-        at_max_det=int(counts.at_max_det),
-        without_area=without_area,
-        clipped=int(letterbox.reach_out(on_canvas.xyxy).sum()) - without_area,
-    )
-    return ProcessedImage(in_image, caps, ranked)
 
 
 @dataclass(slots=True)
@@ -278,7 +234,9 @@ class Pipeline:
                 xywh=np.asarray(xyxy_to_xywh(detections.xyxy), np.float32),
                 scores=detections.scores,
                 category_ids=category_ids[detections.class_ids],
-                candidates=self._kept(loaded, letterbox, image.ranked) if self.settings.keep_candidates else None,
+                candidates=image.kept(loaded.item.image_id, letterbox, self.settings.nms, category_ids)
+                if self.settings.keep_candidates
+                else None,
             )
             images.append((result, image.caps))
         return _Done(images, model_s, post_s + time.perf_counter() - started)
@@ -304,17 +262,6 @@ class Pipeline:
             del canvases
             found = post_process(heads, self.backend.spec, nms, letterboxes)
         return found, modelled - started, time.perf_counter() - modelled
-
-    def _kept(self, loaded: _Loaded, letterbox: Letterbox, ranked: RankedCandidates | None) -> ImageCandidates:
-        assert ranked is not None  # the backend's own device was not asked to finish
-        return ImageCandidates(
-            image_id=loaded.item.image_id,
-            letterbox=letterbox,
-            settings=self.settings.nms,
-            xyxy=ranked.xyxy,
-            scores=ranked.scores,
-            category_ids=np.array(self.backend.spec.category_ids, np.int32)[ranked.class_ids],
-        )
 
 
 class _Run:
