@@ -41,6 +41,10 @@ class TrainSettings(AugmentSettings):
     warmup_bias_lr: float = Field(default=0.1, ge=0)
     grad_clip: float = Field(default=10.0, ge=0)
     """Largest norm of all gradients together; 0 leaves them as they are."""
+    ema_decay: float = Field(default=0.9999, ge=0, lt=1)
+    """What stays of the averaged weights at each optimizer step, once the ramp is over."""
+    ema_ramp: float = Field(default=2000.0, gt=0)
+    """Optimizer steps after which 63 % of `ema_decay` is reached; a training of few steps needs a short one."""
     box: float = Field(default=0.05, ge=0)
     cls: float = Field(default=0.5, ge=0)
     cls_pw: float = Field(default=1.0, gt=0)
@@ -53,13 +57,15 @@ class TrainSettings(AugmentSettings):
     """Draw images by how rare and how badly detected their classes are."""
     epoch_parts: int = Field(default=1, gt=0)
     """An epoch is a random 1 / parts of the training set, drawn with replacement where parts > 1."""
+    close_mosaic: int = Field(default=0, ge=0)
+    """The last so many epochs show whole images, no mosaics: as the network will see them."""
     val_period: int = Field(default=1, ge=0)
     """Validate every so many epochs; 0: after the last one only."""
     save_period: int = Field(default=0, ge=0)
     """Keep weights/epochN.pt every so many epochs; 0: none."""
     precision: Literal["auto", "fast", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the forward pass. auto: bf16, else fp16, on a GPU, fp32 on a CPU; fast: bf16 there too where
-    the CPU has matrix instructions for it (AMX)."""
+    the CPU has instructions for it (AMX, AVX512_BF16)."""
     cache: Literal["none", "ram"] = "none"
     """Keep the scaled images in memory."""
     seed: int = Field(default=0, ge=0)

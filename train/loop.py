@@ -76,7 +76,7 @@ class StageTrainer:
         self.batches = self.loader.batches_per_epoch
         self.schedule = Schedule(s, self.batches)
         self.optimizer = make_optimizer(self.network, s, self.schedule.weight_decay)
-        self.average = WeightAverage(self.network)
+        self.average = WeightAverage(self.network, s.ema_decay, s.ema_ramp)
         self.precision = _Precision(s.precision, job.device)
         gains = scaled_gains(self.network.spec, s.imgsz, s.box, s.cls, s.obj)
         self.loss = DetectionLoss(
@@ -119,7 +119,8 @@ class StageTrainer:
         s = self.job.settings
         line = EpochLine(self.epoch, s.epochs, self.batches)
         self.network.train()
-        for batch in self.loader.epoch(self.epoch, weights=self._weights(), start_batch=self.batch):
+        mosaics = self.epoch < s.epochs - s.close_mosaic
+        for batch in self.loader.epoch(self.epoch, weights=self._weights(), start_batch=self.batch, mosaics=mosaics):
             parts = self._step(batch)
             self.batch += 1
             self.loss_sums += parts
@@ -284,8 +285,9 @@ class _Precision:
                 # From Ampere on; torch also counts older GPUs (a T4), which emulate it slowly.
                 name = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
             else:
-                # Without matrix instructions for it, bf16 is slower than fp32.
-                name = "bf16" if name == "fast" and torch.cpu._is_amx_tile_supported() else "fp32"
+                # Without instructions for it, bf16 is slower than fp32.
+                has_bf16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+                name = "bf16" if name == "fast" and has_bf16 else "fp32"
         self.device = device
         self.dtype: torch.dtype | None = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)

@@ -93,6 +93,16 @@ def test_what_a_batch_holds(tmp_path: Path) -> None:
     np.testing.assert_allclose(batch.targets.numpy(), expected, rtol=1e-6)
 
 
+def test_an_epoch_without_mosaics_shows_whole_images(tmp_path: Path) -> None:
+    samples = make_samples(tmp_path, 4)
+    mosaics = STILL.model_copy(update={"mosaic": 1.0, "mixup": 1.0})
+    made = loader(samples, settings=mosaics, imgsz=64, batch_size=4)
+    assert_equal(
+        list(made.epoch(2, mosaics=False)), list(loader(samples, settings=STILL, imgsz=64, batch_size=4).epoch(2))
+    )
+    assert not torch.equal(next(made.epoch(2)).images, next(made.epoch(2, mosaics=False)).images)
+
+
 def test_the_number_of_workers_changes_nothing(tmp_path: Path) -> None:
     samples = make_samples(tmp_path, 11)
     settings = AugmentSettings(mixup=0.5, degrees=10.0, perspective=0.0005)

@@ -236,6 +236,21 @@ def test_epoch_parts_reach_the_loader(samples: list[Sample], tmp_path: Path, mon
     assert len(seen) == 6
 
 
+def test_mosaics_end_before_the_training_does(
+    samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = trainer(tmp_path, samples, settings(epochs=3, close_mosaic=2))
+    open_epoch, asked = found.loader.epoch, []
+
+    def noted(epoch: int, **options: Any) -> Any:
+        asked.append((epoch, options["mosaics"]))
+        return open_epoch(epoch, **options)
+
+    monkeypatch.setattr(found.loader, "epoch", noted)
+    found.run()
+    assert asked == [(0, True), (1, False), (2, False)]
+
+
 def evaluation(ap: Sequence[float], map50: float = math.nan, map75: float = math.nan) -> Evaluation:
     per_class = tuple(
         ClassAP(category_id=i + 1, name=str(i), images=1, truths=1, ap=value, ap50=0, ap75=0, precision=0, recall=0)

@@ -81,9 +81,10 @@ def test_a_plan_reaches_the_groups() -> None:
     assert adam.param_groups[0]["betas"] == (settings.momentum, 0.999)
 
 
-def test_the_average_follows_its_decay_buffers_too() -> None:
+@pytest.mark.parametrize(("given", "limit", "ramp"), [((), 0.9999, 2000), ((0.998, 200), 0.998, 200)])
+def test_the_average_follows_its_decay_buffers_too(given: tuple[float, ...], limit: float, ramp: float) -> None:
     network = build_network("yolov5n", ["a"], 64)
-    average = WeightAverage(network)
+    average = WeightAverage(network, *given)
     key, counter = "model.0.bn.running_mean", "model.0.bn.num_batches_tracked"
     expected = network.state_dict()[key].double().clone()
     for n in range(1, 6):
@@ -91,8 +92,8 @@ def test_the_average_follows_its_decay_buffers_too() -> None:
             network.state_dict()[key].fill_(float(n))
             network.state_dict()[counter].fill_(n)
         average.update(network)
-        decay = 0.9999 * (1 - math.exp(-n / 2000))
-        assert ema_decay(n) == pytest.approx(decay, rel=1e-12)
+        decay = limit * (1 - math.exp(-n / ramp))
+        assert ema_decay(n, *given) == pytest.approx(decay, rel=1e-12)
         expected = expected * decay + n * (1 - decay)
     torch.testing.assert_close(average.network.state_dict()[key].double(), expected, rtol=1e-5, atol=1e-6)
     assert average.network.state_dict()[counter] == 5

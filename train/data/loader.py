@@ -84,6 +84,7 @@ class TrainingSet(Dataset[TrainingBatch]):
         self.samples = tuple(samples)
         self.imgsz = imgsz
         self.settings = settings
+        self.settings_of_whole_images = settings.model_copy(update={"mosaic": 0.0})
         self.seed = seed
         self.store = ImageStore(self.samples, imgsz, cache)
 
@@ -118,6 +119,7 @@ class TrainingSet(Dataset[TrainingBatch]):
         An unreadable image gives its place to another one of the set, which the request alone determines.
         """
         indices = (request.index, *request.companions)
+        settings = self.settings if request.mosaic else self.settings_of_whole_images
         for attempt in range(MAX_REPLACEMENTS + 1):
             rng = augmentation_generator(self.seed, request)
             shown = indices
@@ -125,7 +127,7 @@ class TrainingSet(Dataset[TrainingBatch]):
                 canvas = augmented(
                     lambda number, shown=shown: self.store.tile(shown[number]),  # type: ignore[misc]
                     self.imgsz,
-                    self.settings,
+                    settings,
                     rng,
                 )
                 return canvas, shown
@@ -192,9 +194,17 @@ class TrainingLoader:
         return batch_count(places, self.batch_size, world=self.world)
 
     def epoch(
-        self, epoch: int, *, weights: NDArray[np.float64] | None = None, start_batch: int = 0
+        self,
+        epoch: int,
+        *,
+        weights: NDArray[np.float64] | None = None,
+        start_batch: int = 0,
+        mosaics: bool = True,
     ) -> Iterator[TrainingBatch]:
-        """The batches of an epoch from `start_batch` on. Prefetching starts now, not at the first `next`."""
+        """The batches of an epoch from `start_batch` on, of whole images where there are to be no `mosaics`.
+
+        Prefetching starts now, not at the first `next`.
+        """
         seed = self.dataset.seed
         indices = epoch_indices(len(self.dataset), seed, epoch, weights=weights, parts=self.parts, shuffle=self.shuffle)
         self._plan.batches = list(
@@ -206,6 +216,7 @@ class TrainingLoader:
                 start_batch=start_batch,
                 rank=self.rank,
                 world=self.world,
+                mosaics=mosaics,
             )
         )
         with interrupts_held_back(signal.SIGINT, signal.SIGTERM):

@@ -30,6 +30,8 @@ class SampleRequest:
     """Which sample of the set."""
     companions: tuple[int, ...]
     """The `COMPANIONS` other samples, drawn from the epoch's index list: image weights hold for them too."""
+    mosaic: bool = True
+    """Whether the settings' mosaics apply; if not, the canvas shows its own image alone."""
 
 
 def _generator(seed: int, *key: int) -> np.random.Generator:
@@ -117,6 +119,7 @@ def batches(
     start_batch: int = 0,
     rank: int = 0,
     world: int = 1,
+    mosaics: bool = True,
 ) -> Iterator[list[SampleRequest]]:
     """This process's batches of an epoch, from `start_batch` on.
 
@@ -133,6 +136,6 @@ def batches(
         share = (min(start + step, len(padded)) - start) // world
         first = start + rank * share
         yield [
-            SampleRequest(epoch, place, int(padded[place]), tuple(companions[place].tolist()))
+            SampleRequest(epoch, place, int(padded[place]), tuple(companions[place].tolist()), mosaics)
             for place in range(first, first + share)
         ]
