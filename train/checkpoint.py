@@ -86,6 +86,12 @@ def save_checkpoint(path: Path, model: Yolov5, training: Mapping[str, Any] | Non
         temporary.unlink(missing_ok=True)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a process that was killed while it saved left in a folder of checkpoints."""
+    for temporary in folder.glob(".*.pt.*.tmp"):
+        temporary.unlink(missing_ok=True)
+
+
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:

@@ -54,7 +54,8 @@ def train(
     from parkdet.train.checkpoint import load_checkpoint
     from parkdet.train.config import load_recipe
     from parkdet.train.model.network import load_architecture
-    from parkdet.train.run import RunSettings, pick_device, read_training_data, resume_run, start_run
+    from parkdet.train.run import RunSettings, pick_device, resume_run, start_run
+    from parkdet.train.training_data import read_training_data
 
     flags = {"epochs": epochs, "imgsz": imgsz, "batch_size": batch_size}
     given = (*overrides, *(f"train.{key}={value}" for key, value in flags.items() if value is not None))
@@ -116,7 +117,8 @@ def val(
     from parkdet.runtime.terminal import quiet_decoders
     from parkdet.train.checkpoint import load_checkpoint
     from parkdet.train.config import SplitSettings, ValSettings, load_recipe
-    from parkdet.train.run import pick_device, read_training_data
+    from parkdet.train.run import pick_device
+    from parkdet.train.training_data import read_training_data
     from parkdet.train.validate import validate
 
     for option, value in (("--conf-thres", conf_thres), ("--iou-thres", iou_thres)):

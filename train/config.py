@@ -12,6 +12,7 @@ from pydantic import Field, create_model, model_validator
 from parkdet.runtime.errors import UsageError
 from parkdet.runtime.settings import Settings, load_settings, parse_overrides
 from parkdet.train.data.augment import AugmentSettings
+from parkdet.train.data.image_store import CacheMode
 
 MetricTerm = Literal["map", "map50", "map75"]
 CONTEST_METRIC: dict[MetricTerm, float] = {"map50": 0.1, "map75": 0.9}
@@ -24,7 +25,8 @@ class TrainSettings(AugmentSettings):
     epochs: int = Field(default=100, gt=0)
     imgsz: int = Field(default=640, gt=0)
     """Side of the square training canvas, and the long side in validation, in pixels."""
-    batch_size: int = Field(default=16, gt=0)
+    batch_size: Annotated[int, Field(gt=0)] | Literal[-1] = 16
+    """Images a batch, over all GPUs together; -1: as many as the GPU's memory holds (on a CPU, 16)."""
     nominal_batch: int = Field(default=64, gt=0)
     """Gradients are accumulated until about so many images were seen; weight decay is stated for it."""
     optimizer: Literal["SGD", "AdamW"] = "SGD"
@@ -50,25 +52,46 @@ class TrainSettings(AugmentSettings):
     cls_pw: float = Field(default=1.0, gt=0)
     obj: float = Field(default=1.0, ge=0)
     obj_pw: float = Field(default=1.0, gt=0)
+    iou_t: float = Field(default=0.2, ge=0, le=1)
+    """Taken as YOLOv5's files have it, and without effect, there as here: matching is by `anchor_t`."""
     anchor_t: float = Field(default=4.0, gt=1)
+    """Largest ratio of a box's side to its anchor's, or the reverse, at which the two are matched."""
+    autoanchor: bool = True
+    """Before a run's first stage, see whether the anchors fit the boxes, and fit them where they do not."""
     fl_gamma: float = Field(default=0.0, ge=0)
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     image_weights: bool = False
     """Draw images by how rare and how badly detected their classes are."""
+    multi_scale: bool = False
+    """Train every batch at a random size from half to one and a half of `imgsz`."""
+    rect: bool = False
+    """Batches of images of like aspect on canvases of that aspect, in place of mosaics on squares."""
+    freeze: Annotated[int, Field(ge=0)] | tuple[int, ...] = 0
+    """Layers whose weights stay: the first so many (10 is the backbone of P5), or those in a list."""
     epoch_parts: int = Field(default=1, gt=0)
     """An epoch is a random 1 / parts of the training set, drawn with replacement where parts > 1."""
     close_mosaic: int = Field(default=0, ge=0)
     """The last so many epochs show whole images, no mosaics: as the network will see them."""
     val_period: int = Field(default=1, ge=0)
     """Validate every so many epochs; 0: after the last one only."""
-    save_period: int = Field(default=0, ge=0)
-    """Keep weights/epochN.pt every so many epochs; 0: none."""
+    patience: int = Field(default=100, ge=0)
+    """End the stage when so many epochs went by without a better validation; 0: never."""
+    save_period: int = Field(default=0, ge=-1)
+    """Keep weights/epochN.pt every so many epochs; 0 or -1: none."""
+    save_minutes: float = Field(default=5.0, gt=0)
+    """last.pt is also written within an epoch when it is older than this."""
     precision: Literal["auto", "fast", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the forward pass. auto: bf16, else fp16, on a GPU, fp32 on a CPU; fast: bf16 there too where
     the CPU has instructions for it (AMX, AVX512_BF16)."""
-    cache: Literal["none", "ram"] = "none"
-    """Keep the scaled images in memory."""
+    cache: CacheMode = "none"
+    """Keep the decoded and scaled images in memory, or on disk, uncompressed, in `cache_dir`."""
+    cache_dir: str | None = None
+    """Folder of the disk cache, shared by all runs; without it `parkdet/images` in the user's cache folder."""
+    sync_bn: bool = True
+    """Let normalisation see the images of all GPUs (SyncBatchNorm)."""
     seed: int = Field(default=0, ge=0)
+    deterministic: bool = False
+    """Repeatable kernels on a GPU too, where CUDA has them; on a CPU equal runs always give equal weights."""
 
 
 class SplitSettings(Settings):

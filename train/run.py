@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
+from pydantic import Field
 
-from parkdet.runtime.contest import ContestData
 from parkdet.runtime.errors import DataError, UsageError
 from parkdet.runtime.run_folder import sole_writer
 from parkdet.runtime.settings import Settings, dump_settings, load_settings
-from parkdet.runtime.split import split_ids
-from parkdet.train.checkpoint import Checkpoint, load_checkpoint
+from parkdet.train.anchors import fit_anchors
+from parkdet.train.batch_size import choose_batch_size
+from parkdet.train.budget import StagePlanner, StageWork, TimeBudget, duration
+from parkdet.train.checkpoint import Checkpoint, load_checkpoint, remove_leftovers
 from parkdet.train.config import Recipe, TrainSettings
-from parkdet.train.data.samples import Sample, samples_from
 from parkdet.train.loop import StageJob, StageTrainer
-from parkdet.train.model.network import Yolov5, build_network, build_network_like
+from parkdet.train.model.network import Yolov5
+from parkdet.train.ranks import ALONE, Ranks
+from parkdet.train.schedule import Schedule
+from parkdet.train.starting import starting_network, stopped_network
+from parkdet.train.training_data import TrainingData, read_training_data
 
 ARGS_FILE = "args.yaml"
 Say = Callable[[str], None]
+Clock = Callable[[], float]
 
 
 class RunSettings(Settings):
@@ -31,46 +40,34 @@ class RunSettings(Settings):
     data: str
     device: str = "auto"
     workers: int = 1
+    time_budget: float | None = Field(default=None, gt=0)
+    """Seconds that the whole run may take; None: as long as the recipe takes."""
     recipe: Recipe
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainingData:
-    """The two parts of the labelled images."""
-
-    train: tuple[Sample, ...]
-    val: tuple[Sample, ...]
-    class_names: tuple[str, ...]
-    category_ids: tuple[int, ...]
-    images_folder: Path
-
-
-def read_training_data(root: Path, recipe: Recipe) -> TrainingData:
-    """Read the labels and split them as the recipe says. DataError where there is nothing to train on."""
-    data = ContestData(root)
-    labels = data.train_labels()
-    split = split_ids([record.image_id for record in labels.records], recipe.split.seed, recipe.split.count)
-    return TrainingData(
-        train=samples_from(labels, split.train_ids),
-        # A single image trains; there is none to validate on.
-        val=samples_from(labels, split.val_ids) if split.val_ids else (),
-        class_names=labels.class_names,
-        category_ids=tuple(labels.categories),
-        images_folder=data.images_folder("train"),
-    )
-
-
-def start_run(folder: Path, settings: RunSettings, say: Say, data: TrainingData | None = None) -> Path:
+def start_run(
+    folder: Path,
+    settings: RunSettings,
+    say: Say,
+    data: TrainingData | None = None,
+    *,
+    ranks: Ranks = ALONE,
+    budget: TimeBudget | None = None,
+) -> Path:
     """Train from the beginning; returns the best checkpoint's path.
 
     Checkpoints of an older run in the folder are removed: they would be taken for this one's. `data` is what
-    `read_training_data` gave, if it was read already. InUseError where another process trains in the folder.
+    `read_training_data` gave, if it was read already; `budget` is the settings' time budget, where its clock runs
+    already. InUseError where another process trains in the folder. Of several processes, all call it.
     """
-    with sole_writer(folder):
-        return _start(folder, settings, say, data)
+    with sole_writer(folder) if ranks.first else nullcontext():
+        if ranks.first:
+            _make_way(folder, settings)
+        data = data or read_training_data(Path(settings.data), settings.recipe)
+        return _Run(folder, settings, data, say, ranks, budget).train()
 
 
-def _start(folder: Path, settings: RunSettings, say: Say, data: TrainingData | None) -> Path:
+def _make_way(folder: Path, settings: RunSettings) -> None:
     for name, _ in settings.recipe.stage_settings():
         for old in ("last.pt", "best.pt"):
             path = folder / name / "weights" / old
@@ -78,11 +75,15 @@ def _start(folder: Path, settings: RunSettings, say: Say, data: TrainingData | N
                 raise UsageError(f"{path}: would be overwritten by the run that starts from it; give another --name")
             path.unlink(missing_ok=True)
     (folder / ARGS_FILE).write_text(dump_settings(settings), encoding="utf-8")
-    return _train(folder, settings, say, data or read_training_data(Path(settings.data), settings.recipe))
 
 
-def resume_run(run: Path, say: Say) -> Path:
-    """Go on with a run, given by its folder or a checkpoint in it; returns the best checkpoint's path."""
+def resume_run(
+    run: Path, say: Say, *, ranks: Ranks = ALONE, clock: Clock = time.monotonic, time_budget: float | None = None
+) -> Path:
+    """Go on with a run, given by its folder or a checkpoint in it; returns the best checkpoint's path.
+
+    `time_budget` replaces the run's own. Time that the run took before counts.
+    """
     folder = run.resolve() if run.is_dir() else run.resolve().parent
     while not run.exists() or not (folder / ARGS_FILE).is_file():
         if folder.parent == folder or not run.exists():
@@ -90,122 +91,174 @@ def resume_run(run: Path, say: Say) -> Path:
         folder = folder.parent
     say(f"resuming {folder}")
     settings = load_settings(RunSettings, folder / ARGS_FILE)
-    with sole_writer(folder):
-        return _train(folder, settings, say, read_training_data(Path(settings.data), settings.recipe))
+    seconds = time_budget or settings.time_budget
+    budget = TimeBudget(seconds, clock=clock) if seconds else None
+    with sole_writer(folder) if ranks.first else nullcontext():
+        data = read_training_data(Path(settings.data), settings.recipe)
+        return _Run(folder, settings, data, say, ranks, budget).train()
 
 
-def _train(folder: Path, settings: RunSettings, say: Say, data: TrainingData) -> Path:
-    recipe = settings.recipe
-    device = pick_device(settings.device)
-    boxes = sum(len(sample.class_ids) for sample in data.train)
-    say(
-        f"data: {len(data.train)} images with {boxes} boxes to train, {len(data.val)} to validate, "
-        f"{len(data.class_names)} classes; device: {device}"
-    )
-    if not data.val:
-        say("warning: there is no image to validate on; best.pt will hold the last weights")
-    start = Path(recipe.weights) if recipe.weights else None
-    best = folder / "weights" / "best.pt"
-    stages = recipe.stage_settings()
-    trained_any = False
-    for number, (name, stage) in enumerate(stages):
-        stage_folder = folder / name if name else folder
-        last, best = (stage_folder / "weights" / file for file in ("last.pt", "best.pt"))
-        before = load_checkpoint(last) if last.is_file() else None
-        if before is not None and before.training.get("finished"):
+class _Run:
+    """The stages of a run in a row."""
+
+    def __init__(
+        self, folder: Path, settings: RunSettings, data: TrainingData, say: Say, ranks: Ranks,
+        budget: TimeBudget | None,
+    ):  # fmt: skip
+        self.folder, self.settings, self.data, self.say, self.ranks = folder, settings, data, say, ranks
+        self.recipe = settings.recipe
+        self.stages = self.recipe.stage_settings()
+        self.device = pick_device(settings.device)
+        if budget is None and settings.time_budget is not None:
+            budget = TimeBudget(settings.time_budget)
+        self.budget = budget if ranks.first else None
+        self._used_before = 0.0
+
+    def train(self) -> Path:
+        data, say = self.data, self.say
+        boxes = sum(len(sample.class_ids) for sample in data.train)
+        say(
+            f"data: {len(data.train)} images with {boxes} boxes to train, {len(data.val)} to validate, "
+            f"{len(data.class_names)} classes; device: {self.device}"
+            + (f", {self.ranks.world} processes" if self.ranks.world > 1 else "")
+        )
+        if not data.val:
+            say("warning: there is no image to validate on; best.pt will hold the last weights")
+        self._same_data_everywhere()
+        start = Path(self.recipe.weights) if self.recipe.weights else None
+        best = self.folder / "weights" / "best.pt"
+        trained_any = False
+        for number, (name, stage) in enumerate(self.stages):
+            stage_folder = self.folder / name if name else self.folder
+            last, best = (stage_folder / "weights" / file for file in ("last.pt", "best.pt"))
+            before = self.ranks.from_first(load_checkpoint(last) if self.ranks.first and last.is_file() else None)
+            if before is not None and self.budget is not None:
+                self._count_used(before.training)
+            if before is not None and before.training.get("finished"):
+                start = last
+                continue
+            trained_any = True
+            if len(self.stages) > 1:
+                say(f"stage {number + 1} of {len(self.stages)}: {name} ({stage_folder})")
+            if self.ranks.first:
+                remove_leftovers(stage_folder / "weights")
+            network, settled = self._network(number, stage, before, start)
+            self._train_stage(number, stage_folder, network, settled, before)
             start = last
-            continue
-        trained_any = True
-        if len(stages) > 1:
-            say(f"stage {number + 1} of {len(stages)}: {name} ({stage_folder})")
+        if not trained_any:
+            raise UsageError(
+                f"{self.folder}: this run is finished; to train on from its weights: parkdet train --weights {best}"
+            )
+        if self.budget is not None:
+            say(f"time budget: {duration(self.budget.used())} of {duration(self.budget.seconds)} used")
+        return best
+
+    def _network(
+        self, number: int, stage: TrainSettings, before: Checkpoint | None, start: Path | None
+    ) -> tuple[Yolov5, TrainSettings]:
+        """The network of a stage, the same in all processes, and the stage's settings with what was found out."""
+        network = self.ranks.from_first(
+            self._network_of_first(number, stage, before, start) if self.ranks.first else None
+        )
+        assert network is not None
+        stage = stage.model_copy(update={"imgsz": network.spec.imgsz})
         if before is not None:
-            network = _stopped_network(before, data)
+            stage = stage.model_copy(update={"batch_size": int(before.training["state"]["batch_size"])})
+        if stage.batch_size == -1:
+            size = choose_batch_size(network, stage, self.device, self.say)
+            size = min(self.ranks.gather(size)) * self.ranks.world
+            stage = stage.model_copy(update={"batch_size": size})
+        if stage.batch_size % self.ranks.world:
+            raise UsageError(
+                f"batch_size {stage.batch_size} is that of all {self.ranks.world} processes together, and must be a "
+                f"multiple of their number; give {math.ceil(stage.batch_size / self.ranks.world) * self.ranks.world}"
+            )
+        return network, stage
+
+    def _network_of_first(
+        self, number: int, stage: TrainSettings, before: Checkpoint | None, start: Path | None
+    ) -> Yolov5:
+        if before is not None:
+            network = stopped_network(before, self.data)
         else:
-            network = _network(recipe, data, stage, load_checkpoint(start) if start else None, say)
-        imgsz = whole_cells(stage.imgsz, network.spec.stride_max)
+            opened = load_checkpoint(start) if start else None
+            network = starting_network(self.recipe, self.data, stage, opened, self.say)
+        stride = network.spec.stride_max
+        imgsz = whole_cells(stage.imgsz, stride)
         if imgsz != stage.imgsz:
-            say(f"imgsz {stage.imgsz} becomes {imgsz}: a multiple of the largest stride, {network.spec.stride_max}")
-        network.spec = dataclasses.replace(
-            network.spec, imgsz=imgsz, split_seed=recipe.split.seed, split_count=recipe.split.count
-        )
+            self.say(f"imgsz {stage.imgsz} becomes {imgsz}: a multiple of the largest stride, {stride}")
+        split = self.recipe.split
+        network.spec = dataclasses.replace(network.spec, imgsz=imgsz, split_seed=split.seed, split_count=split.count)
+        # A later stage has learned with the anchors of the one before.
+        if before is None and number == 0 and stage.autoanchor:
+            fit_anchors(network, self.data.train, stage.model_copy(update={"imgsz": imgsz}), self.say)
+        return network
+
+    def _train_stage(
+        self, number: int, folder: Path, network: Yolov5, stage: TrainSettings, before: Checkpoint | None
+    ) -> None:
         job = StageJob(
-            settings=stage.model_copy(update={"imgsz": imgsz}),
-            val=recipe.val,
+            settings=stage,
+            val=self.recipe.val,
             network=network,
-            train_samples=data.train,
-            val_samples=data.val,
-            folder=stage_folder,
-            device=device,
-            workers=settings.workers,
+            train_samples=self.data.train,
+            val_samples=self.data.val,
+            folder=folder,
+            device=self.device,
+            workers=self.settings.workers,
             provenance={
-                "run": str(folder),
-                "images_folder": str(data.images_folder),
-                "stage": name,
-                "split": recipe.split.model_dump(),
+                "run": str(self.folder),
+                "images_folder": str(self.data.images_folder),
+                "stage": self.stages[number][0],
+                "split": self.recipe.split.model_dump(),
             },
+            ranks=self.ranks,
         )
-        trainer = StageTrainer(job, say)
+        trainer = StageTrainer(job, self.say, self._planner(number))
         if before is not None:
             trainer.resume_from(before.training)
-            say(f"going on in epoch {trainer.epoch} at batch {trainer.batch}")
+            self.say(f"going on in epoch {trainer.epoch} at batch {trainer.batch}")
         trainer.run()
-        _name_unreadable(trainer, say)
-        start = last
-    if not trained_any:
-        raise UsageError(
-            f"{folder}: this run is finished; to train on from its weights: parkdet train --weights {best}"
-        )
-    return best
+        unreadable = {path for paths in self.ranks.gather(list(trainer.loader.unreadable)) for path in paths}
+        if unreadable:
+            self.say(f"{len(unreadable)} images could not be read and others took their place")
+
+    def _planner(self, number: int) -> Callable[[Schedule], StagePlanner] | None:
+        if self.budget is None:
+            return None
+        works = [
+            StageWork(
+                epochs=stage.epochs,
+                pixels_per_epoch=max(len(self.data.train) / stage.epoch_parts, 1) * stage.imgsz**2,
+                val_images=len(self.data.val),
+                val_period=stage.val_period,
+            )
+            for _, stage in self.stages[number:]
+        ]
+        budget = self.budget
+        return lambda schedule: StagePlanner(budget, schedule, works[0], tuple(works[1:]), self.say)
+
+    def _count_used(self, training: Mapping[str, Any]) -> None:
+        """A checkpoint of the run says how long the run took until then; of several the last one's counts."""
+        assert self.budget is not None
+        used = float(training.get("used_seconds", 0.0))
+        self.budget.add_used(used - self._used_before)
+        self._used_before = used
+
+    def _same_data_everywhere(self) -> None:
+        ids = tuple(sample.image_id for sample in (*self.data.train, *self.data.val))
+        prints = self.ranks.gather((len(ids), hashlib.sha256(repr(ids).encode()).hexdigest()))
+        if len(set(prints)) > 1:
+            counts = ", ".join(str(count) for count, _ in prints)
+            raise DataError(
+                f"{self.settings.data}: is not the same data set for all processes ({counts} images); give every "
+                "machine the same files"
+            )
 
 
 def whole_cells(imgsz: int, stride_max: int) -> int:
     """The size rounded up to a multiple of the largest stride, at least two: of one cell there are no statistics."""
     return max(math.ceil(imgsz / stride_max), 2) * stride_max
-
-
-def _stopped_network(before: Checkpoint, data: TrainingData) -> Yolov5:
-    """The network of a run that is resumed: its own file is enough, whatever became of what it started from."""
-    spec = before.spec
-    if (spec.class_names, spec.category_ids) != (data.class_names, data.category_ids):
-        raise DataError(
-            f"{before.path}: was trained on the classes {', '.join(spec.class_names)}, the data set now has "
-            f"{', '.join(data.class_names)}; bring it back as it was, or begin anew with --weights"
-        )
-    before.model.spec = dataclasses.replace(spec, checkpoint_sha256="")
-    return before.model
-
-
-def _network(recipe: Recipe, data: TrainingData, stage: TrainSettings, start: Checkpoint | None, say: Say) -> Yolov5:
-    torch.manual_seed(stage.seed)
-    if start is None:
-        network = build_network(recipe.model, data.class_names, stage.imgsz, data.category_ids)
-        network.spec = dataclasses.replace(
-            network.spec, conf=recipe.val.conf, iou=recipe.val.iou, max_det=recipe.val.max_det
-        )
-        say(f"model: {recipe.model}, {network.parameter_count():,} parameters, random weights")
-        return network
-    # The layers and anchors are the checkpoint's; the classes are the data set's.
-    spec = dataclasses.replace(
-        start.spec,
-        class_names=data.class_names,
-        category_ids=data.category_ids,
-        imgsz=stage.imgsz,
-        checkpoint_sha256="",
-        conf=recipe.val.conf,
-        iou=recipe.val.iou,
-        max_det=recipe.val.max_det,
-    )
-    network = build_network_like(start.model, spec)
-    source, own = start.model.state_dict(), network.state_dict()
-    taken = {name: tensor for name, tensor in source.items() if own[name].shape == tensor.shape}
-    network.load_state_dict({**own, **taken})
-    say(f"model: {network.parameter_count():,} parameters, {len(taken)} of {len(own)} tensors from {start.path}")
-    return network
-
-
-def _name_unreadable(trainer: StageTrainer, say: Say) -> None:
-    if trainer.loader.unreadable:
-        say(f"{len(trainer.loader.unreadable)} images could not be read and others took their place")
 
 
 def pick_device(name: str) -> torch.device:

@@ -23,6 +23,7 @@ from parkdet.train.config import ValSettings
 from parkdet.train.data.samples import Sample
 from parkdet.train.model.loss import DetectionLoss
 from parkdet.train.model.network import Yolov5
+from parkdet.train.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,10 +52,12 @@ def validate(
     batch_size: int,
     loss: DetectionLoss | None = None,
     stop: Callable[[], bool] = lambda: False,
+    ranks: Ranks = ALONE,
 ) -> Validation | None:
     """Detect on every sample's own canvas and compare with its boxes; None when `stop` said so meanwhile.
 
-    Runs on the device of the network's weights. DataError when there is no image, or not one can be read.
+    Runs on the device of the network's weights. Several processes, all of which call it, take a share of the images
+    each, and all of them get the whole result. DataError when there is no image, or not one can be read.
     """
     if not samples:
         raise DataError("there is no image to validate on; the data set is too small for its split")
@@ -65,11 +68,13 @@ def validate(
     found: list[tuple[Sample, Detections]] = []
     sums, seen = torch.zeros(3), 0
     unreadable: list[str] = []
+    stopped = False
     # Not inference mode: tensors that the loss keeps from here could not be trained with.
     with torch.no_grad():
-        for batch in _batches(samples, imgsz, spec.stride_max, batch_size, unreadable):
-            if stop():
-                return None
+        for batch in _batches(samples[ranks.rank :: ranks.world], imgsz, spec.stride_max, batch_size, unreadable):
+            stopped = stop()
+            if stopped:
+                break
             canvases = np.stack([canvas for _, _, canvas in batch])
             images = torch.from_numpy(canvases).to(device).flip(3).permute(0, 3, 1, 2).float() / 255
             heads = [head.float() for head in fused(images)]
@@ -81,6 +86,12 @@ def validate(
             for (sample, letterbox, _), of_image in zip(batch, candidates, strict=True):
                 detections, _ = suppress(of_image, nms)
                 found.append((sample, detections.moved(letterbox.to_image(detections.xyxy))[0]))
+    shares = ranks.gather((stopped, found, sums, seen, unreadable))
+    if any(share[0] for share in shares):
+        return None
+    found = [one for share in shares for one in share[1]]
+    sums, seen = sum((share[2] for share in shares), torch.zeros(3)), sum(share[3] for share in shares)
+    unreadable = [line for share in shares for line in share[4]]
     if not seen:
         raise DataError(f"none of the {len(samples)} validation images can be read: {unreadable[0]}")
     evaluation = evaluate(_table(found, spec), _truth(samples, spec), max_det=settings.max_det)

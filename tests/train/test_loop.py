@@ -6,7 +6,7 @@ import copy
 import math
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,10 @@ from parkdet.train.checkpoint import load_checkpoint
 from parkdet.train.config import TrainSettings, ValSettings
 from parkdet.train.data.loader import TrainingBatch, TrainingLoader, TrainingSet
 from parkdet.train.data.samples import Sample
-from parkdet.train.loop import StageJob, StageTrainer, repeatable
+from parkdet.train.loop import StageJob, StageTrainer
 from parkdet.train.model.loss import DetectionLoss
 from parkdet.train.model.network import Yolov5, build_network
+from parkdet.train.precision import Precision, repeatable
 from parkdet.train.schedule import Schedule
 from parkdet.train.validate import Validation
 
@@ -98,7 +99,7 @@ def trained_by_hand(samples: Sequence[Sample], s: TrainSettings) -> tuple[Yolov5
         live.train()
         for place, batch in enumerate(loader.epoch(epoch)):
             number = epoch * batches + place
-            plan = schedule.plan(epoch, number)
+            plan = schedule.plan(number)
             images = batch.images.contiguous(memory_format=torch.channels_last).float() / 255
             torch.autograd.backward(loss(live(images), batch.targets)[0])
             if number - last < plan.accumulate:
@@ -140,9 +141,9 @@ def test_its_steps_are_those_written_by_hand_to_the_bit(samples: list[Sample], t
     assert 2 < len(stepped) < 8
     found = trainer(tmp_path, samples, wanted)
     assert found.run() is None
-    assert_same(found.network.state_dict(), live.state_dict())
-    assert_same(found.average.network.state_dict(), average.state_dict())
-    assert found.average.updates == len(stepped)
+    assert_same(found.learner.network.state_dict(), live.state_dict())
+    assert_same(found.learner.average.network.state_dict(), average.state_dict())
+    assert found.learner.average.updates == len(stepped)
     assert not torch.equal(live.first_conv.weight, network().first_conv.weight)
     # Nothing to validate on: the last weights are the best, and what is saved is the average.
     stored = load_checkpoint(tmp_path / "weights" / "best.pt").model.state_dict()
@@ -157,7 +158,7 @@ def test_gradients_are_clipped_unless_told_otherwise(samples: list[Sample], tmp_
     for clip in (0.0, 1e-3, 1e9):
         found = trainer(tmp_path / str(clip), samples, settings(grad_clip=clip, epochs=1))
         found.run()
-        weights.append(found.network.first_conv.weight.detach())
+        weights.append(found.learner.network.first_conv.weight.detach())
     assert torch.equal(weights[0], weights[2])
     assert not torch.equal(weights[0], weights[1])
 
@@ -165,7 +166,7 @@ def test_gradients_are_clipped_unless_told_otherwise(samples: list[Sample], tmp_
 def test_a_loss_that_is_not_finite_names_the_images_and_keeps_last_pt(samples: list[Sample], tmp_path: Path) -> None:
     found = trainer(tmp_path, samples, settings(mosaic=0.0))
     with torch.no_grad():
-        found.network.first_conv.weight.fill_(math.inf)
+        found.learner.network.first_conv.weight.fill_(math.inf)
     with pytest.raises(DataError, match="nothing was saved") as caught:
         found.run()
     assert not (tmp_path / "weights").exists()
@@ -178,7 +179,7 @@ def test_a_loss_that_is_not_finite_names_the_images_and_keeps_last_pt(samples: l
     again._save_last()
     before = (tmp_path / "weights" / "last.pt").read_bytes()
     with torch.no_grad():
-        again.network.first_conv.weight.fill_(math.nan)
+        again.learner.network.first_conv.weight.fill_(math.nan)
     with pytest.raises(DataError, match=r"last\.pt is from before"):
         again.run()
     assert (tmp_path / "weights" / "last.pt").read_bytes() == before
@@ -187,13 +188,14 @@ def test_a_loss_that_is_not_finite_names_the_images_and_keeps_last_pt(samples: l
 def seen_images(found: StageTrainer, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Ids of the images that the steps will have been made of."""
     seen: list[int] = []
-    step = found._step
+    open_epoch = found.loader.epoch
 
-    def seeing(batch: TrainingBatch) -> Any:
-        seen.extend(batch.image_ids)
-        return step(batch)
+    def opening(number: int, **options: Any) -> Iterator[TrainingBatch]:
+        for batch in open_epoch(number, **options):
+            seen.extend(batch.image_ids)
+            yield batch
 
-    monkeypatch.setattr(found, "_step", seeing)
+    monkeypatch.setattr(found.loader, "epoch", opening)
     return seen
 
 
@@ -337,7 +339,7 @@ def test_validation_comes_when_it_is_due_and_looks_at_the_average(
     calls = answers(monkeypatch, *[evaluation([0.1, 0.1], 0.1, 0.1)] * 5)
     found = trainer(tmp_path, samples[:2], settings(epochs=5, val_period=period, save_period=2), val=samples[:1])
     found.run()
-    assert all(call["network"] is found.average.network and call["imgsz"] == 64 for call in calls)
+    assert all(call["network"] is found.learner.average.network and call["imgsz"] == 64 for call in calls)
     rows = [row.split(",") for row in (tmp_path / "results.csv").read_text().splitlines()[1:]]
     assert [int(row[0]) for row in rows if row[6]] == epochs
     assert {path.name for path in (tmp_path / "weights").iterdir()} == {"best.pt", "last.pt", "epoch1.pt", "epoch3.pt"}
@@ -345,16 +347,16 @@ def test_validation_comes_when_it_is_due_and_looks_at_the_average(
 
 def interrupted_after(batch: int, monkeypatch: pytest.MonkeyPatch) -> Callable[[StageTrainer], None]:
     def arm(found: StageTrainer) -> None:
-        step, done = found._step, [0]
+        take_in, done = found.learner.take_in, [0]
 
-        def stepping(data: Any) -> Any:
-            numbers = step(data)
+        def taking_in(*batch_and_plan: Any) -> Any:
+            parts = take_in(*batch_and_plan)
             done[0] += 1
             if done[0] == batch:
                 os.kill(os.getpid(), signal.SIGINT)
-            return numbers
+            return parts
 
-        monkeypatch.setattr(found, "_step", stepping)
+        monkeypatch.setattr(found.learner, "take_in", taking_in)
 
     return arm
 
@@ -383,13 +385,13 @@ def test_a_resumed_training_is_the_undisturbed_one_to_the_bit(
     assert not training.get("finished")
     resumed = trainer(tmp_path / "b", samples, wanted, val=samples[:1])
     with torch.no_grad():
-        resumed.network.first_conv.weight.zero_()  # whatever the network begins with, the file decides
+        resumed.learner.network.first_conv.weight.zero_()  # whatever the network begins with, the file decides
     resumed.resume_from(training)
     answers(monkeypatch, *[first, second, third][epoch:])
     resumed.run()
-    assert_same(resumed.network.state_dict(), undisturbed.network.state_dict())
-    assert_same(resumed.average.network.state_dict(), undisturbed.average.network.state_dict())
-    assert resumed.average.updates == undisturbed.average.updates
+    assert_same(resumed.learner.network.state_dict(), undisturbed.learner.network.state_dict())
+    assert_same(resumed.learner.average.network.state_dict(), undisturbed.learner.average.network.state_dict())
+    assert resumed.learner.average.updates == undisturbed.learner.average.updates
     texts = [(tmp_path / run / "results.csv").read_text() for run in "ab"]
     assert texts[0] == texts[1]
     assert [load_checkpoint(tmp_path / run / "weights" / "best.pt").training["epoch"] for run in "ab"] == [1, 1]
@@ -409,9 +411,9 @@ def test_a_gpu_computes_in_what_it_has_units_for(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device=None: capability)
-    found = loop._Precision("auto", torch.device("cuda:0"))
+    found = Precision("auto", torch.device("cuda:0"))
     assert found.dtype is dtype
-    assert loop._Precision("auto", CPU).dtype is None
+    assert Precision("auto", CPU).dtype is None
 
 
 def test_equal_steps_give_equal_bits_where_matches_share_their_cells() -> None:

@@ -30,7 +30,7 @@ def test_the_contests_two_stages_by_closed_forms() -> None:
         for epoch in range(epochs):
             lr = lr0 * (1 - (1 - lrf) * epoch / epochs)
             for step in (epoch * batches, epoch * batches + 359, epoch * batches + 721):
-                plan = schedule.plan(epoch, step)
+                plan = schedule.plan(step)
                 share = np.interp(step, [0, warmup], [0, 1])
                 assert plan.lr == pytest.approx(lr * share)
                 assert plan.bias_lr == pytest.approx(warm_bias + (lr - warm_bias) * share)
@@ -41,7 +41,9 @@ def test_the_contests_two_stages_by_closed_forms() -> None:
 def test_the_cosine_falls_from_one_to_lrf() -> None:
     schedule = Schedule(TrainSettings(epochs=10, lrf=0.2, cos_lr=True), 1000)
     for epoch in range(10):
-        assert schedule.lr_share(epoch) == pytest.approx(0.2 + 0.8 * (1 + math.cos(math.pi * epoch / 10)) / 2)
+        assert schedule.lr_share(schedule.progress(epoch * 1000)) == pytest.approx(
+            0.2 + 0.8 * (1 + math.cos(math.pi * epoch / 10)) / 2
+        )
 
 
 def test_warm_up_takes_a_hundred_steps_at_least() -> None:
@@ -51,7 +53,7 @@ def test_warm_up_takes_a_hundred_steps_at_least() -> None:
 
 def test_a_nominal_batch_of_the_batch_steps_every_time() -> None:
     schedule = Schedule(TrainSettings(batch_size=16, nominal_batch=16), 10)
-    assert {schedule.plan(0, step).accumulate for step in range(200)} == {1}
+    assert {schedule.plan(step).accumulate for step in range(200)} == {1}
     assert Schedule(TrainSettings(batch_size=48, nominal_batch=64), 10).weight_decay == pytest.approx(0.0005 * 48 / 64)
 
 
@@ -72,7 +74,7 @@ def test_a_plan_reaches_the_groups() -> None:
     network = build_network("yolov5n", ["a"], 64)
     settings = TrainSettings()
     optimizer = make_optimizer(network, settings, 0.0)
-    plan = Schedule(settings, 100).plan(0, 30)
+    plan = Schedule(settings, 100).plan(30)
     apply_plan(optimizer, plan)
     assert [group["lr"] for group in optimizer.param_groups] == [plan.bias_lr, plan.lr, plan.lr]
     assert {group["momentum"] for group in optimizer.param_groups} == {plan.momentum}

@@ -56,6 +56,8 @@ class AugmentSettings(Settings):
     """Probability of a mosaic of four images in place of one letterboxed image."""
     mixup: float = Field(default=0.0, ge=0, le=1)
     """Probability of blending a mosaic with a second one."""
+    copy_paste: float = Field(default=0.0, ge=0, le=1)
+    """Share of a mosaic's boxes of which a mirrored copy is pasted where it hides nothing much."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -110,7 +110,7 @@ class Detect(nn.Module):
 
 
 @torch.no_grad()
-def fold_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
+def fold_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> nn.Conv2d:
     """A convolution with bias that computes what `conv` and then `norm` (with its running statistics) do."""
     if norm.running_mean is None or norm.running_var is None:
         raise ValueError("the normalisation has no running statistics to fold")

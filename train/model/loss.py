@@ -6,7 +6,7 @@ Shapes: B images, na anchors a cell, h x w cells, nc classes, M targets, K match
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,30 +69,44 @@ class DetectionLoss:
             for level, stride in zip(spec.anchors, spec.strides, strict=True)
         ]
 
-    def __call__(self, heads: Sequence[Tensor], targets: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, heads: Sequence[Tensor], targets: Tensor, sum_over_ranks: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The loss (1,), summed over its parts times the batch size, and the parts (3,): box, objectness, class.
 
         `heads`: raw heads (B, na, h, w, 5 + nc) of every level. `targets` (M, 6): image index, class id, cx, cy,
         w, h normalised to the canvas. The parts are detached and not multiplied by the batch size.
+
+        Where several processes hold a share of the batch each, `sum_over_ranks` sums a tensor over them. Means are
+        then over the matches and images of all, and what is returned is this process's share of the whole
+        batch's loss: the shares, and the gradients of them, are to be summed.
         """
         device = heads[0].device
+        targets = targets.to(device)
+        matches = [self._match(targets, level, (head.shape[2], head.shape[3])) for level, head in enumerate(heads)]
+        images = heads[0].shape[0]
+        counts = [images, *(len(match.image) for match in matches)]
+        if sum_over_ranks is not None:
+            counts = [int(count) for count in sum_over_ranks(torch.tensor(counts)).tolist()]
+        all_images, *all_matches = counts
         box, objectness, classes = (torch.zeros(1, device=device) for _ in range(3))
-        for level, head in enumerate(heads):
+        for level, (head, match) in enumerate(zip(heads, matches, strict=True)):
             raw = head.float()
             wanted = torch.zeros_like(raw[..., 0])
-            match = self._match(targets.to(device), level, (raw.shape[2], raw.shape[3]))
             if len(match.image):
                 chosen = raw[match.image, match.anchor, match.row, match.column]
                 iou = complete_iou(self._boxes(chosen, match), match.boxes)
-                box += (1 - iou).mean()
+                box += (1 - iou).sum() / all_matches[level]
                 wanted[match.image, match.anchor, match.row, match.column] = iou.detach().clamp(0)
                 if self.spec.num_classes > 1:
                     labels = torch.full_like(chosen[:, 5:], self.negative)
                     labels[torch.arange(len(labels), device=device), match.class_id] = self.positive
-                    classes += self._class_bce(chosen[:, 5:], labels)
-            objectness += self._objectness_bce(raw[..., 4], wanted) * self.balance[level]
+                    summed = self._class_bce(chosen[:, 5:], labels)
+                    classes += summed / (all_matches[level] * self.spec.num_classes)
+            cells = wanted.numel() // images * all_images
+            objectness += self._objectness_bce(raw[..., 4], wanted) / cells * self.balance[level]
         parts = torch.cat((box * self.box_gain, objectness * self.obj_gain, classes * self.cls_gain))
-        return parts.sum(dim=0, keepdim=True) * heads[0].shape[0], parts.detach()
+        return parts.sum(dim=0, keepdim=True) * all_images, parts.detach()
 
     @staticmethod
     def _boxes(chosen: Tensor, match: _Match) -> Tensor:
@@ -147,7 +161,7 @@ class _Match:
 
 
 class _BinaryLoss:
-    """Mean binary cross-entropy with a weight on positives, focused on hard examples where gamma is positive.
+    """Summed binary cross-entropy with a weight on positives, focused on hard examples where gamma is positive.
 
     Source of the focal weight: arXiv 1708.02002, equation 5, with alpha 0.25.
     """
@@ -155,7 +169,7 @@ class _BinaryLoss:
     def __init__(self, positive_weight: float, gamma: float):
         self.gamma = gamma
         self._bce = nn.BCEWithLogitsLoss(
-            pos_weight=torch.tensor([positive_weight]), reduction="none" if gamma > 0 else "mean"
+            pos_weight=torch.tensor([positive_weight]), reduction="none" if gamma > 0 else "sum"
         )
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -165,7 +179,7 @@ class _BinaryLoss:
         probability = logits.sigmoid()
         truth = labels * probability + (1 - labels) * (1 - probability)
         alpha = labels * 0.25 + (1 - labels) * 0.75
-        return (loss * alpha * (1 - truth) ** self.gamma).mean()
+        return (loss * alpha * (1 - truth) ** self.gamma).sum()
 
 
 def complete_iou(a_cxcywh: Tensor, b_cxcywh: Tensor, eps: float = 1e-7) -> Tensor:

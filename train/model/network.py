@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -118,11 +119,17 @@ class Yolov5(nn.Module):
         assert len(convs) == len(self.spec.strides)
         return convs
 
+    def set_anchors(self, anchors: tuple[tuple[tuple[float, float], ...], ...]) -> None:
+        """Replace the anchors of every level, in canvas pixels, in the spec and in the last layer."""
+        self.spec = dataclasses.replace(self.spec, anchors=anchors)
+        strides = torch.tensor(self.spec.strides, dtype=torch.float32).view(-1, 1, 1)
+        self.detect.anchors.copy_(torch.tensor(anchors, dtype=torch.float32) / strides)
+
     def fused(self) -> Yolov5:
         """A copy in eval mode whose normalisations are folded into the convolutions."""
         network = copy.deepcopy(self).eval()
         for module in network.modules():
-            if isinstance(module, Conv) and isinstance(module.bn, nn.BatchNorm2d):
+            if isinstance(module, Conv) and isinstance(module.bn, nn.BatchNorm2d | nn.SyncBatchNorm):
                 module.conv = fold_norm(module.conv, module.bn)
                 module.bn = nn.Identity()
         return network
