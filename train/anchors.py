@@ -78,10 +78,8 @@ def fitted_anchors(wh: Floats, count: int, anchor_t: float, seed: int, generatio
 
 
 def _kmeans(wh: Floats, count: int, rng: np.random.Generator) -> Floats:
-    """Means of boxes whose sides were divided by their spread, at least `MIN_SIDE` pixels."""
-    spread = wh.std(axis=0)
-    spread[spread == 0] = 1
-    points = wh / spread
+    """Geometric means of clusters of boxes, at least `MIN_SIDE` pixels: what counts is how many times larger."""
+    points = np.log(np.maximum(wh, 1e-3))
     means = points[[rng.integers(len(points))]]
     while len(means) < count:
         distance = ((points[:, None] - means[None]) ** 2).sum(axis=2).min(axis=1)
@@ -95,7 +93,7 @@ def _kmeans(wh: Floats, count: int, rng: np.random.Generator) -> Floats:
         if np.array_equal(moved, means):
             break
         means = moved
-    return np.asarray(np.maximum(means * spread, MIN_SIDE))
+    return np.asarray(np.maximum(np.exp(means), MIN_SIDE))
 
 
 def fit_anchors(

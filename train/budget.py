@@ -124,7 +124,7 @@ class StagePlanner:
         # Ends move down at once, and up only when much time was gained.
         if end < now_end or end >= now_end + slack or (end == self.recipe_end and end != now_end):
             now_end = end
-        self._say_plan(now_end, measured)
+        self._say_plan(now_end)
         return now_end
 
     def validation_done(self, seconds: float) -> None:
@@ -158,7 +158,7 @@ class StagePlanner:
         fitting = step + max(int(self._seconds_for(step) / max(each, 1e-9)), 0)
         return min(fitting, self.recipe_end)
 
-    def _say_plan(self, end: int, measured: int) -> None:
+    def _say_plan(self, end: int) -> None:
         batches, recipe = self.schedule.batches, self.work.epochs
         first = self._said_end is None
         if not first and abs(end - (self._said_end or 0)) < max(WORTH_SAYING * self.recipe_end, 1):

@@ -67,10 +67,11 @@ class StageTrainer:
         s = job.settings
         self.job, self.say, self.ranks = job, say, job.ranks
         self.loader = TrainingLoader(
-            TrainingSet(job.train_samples, s.imgsz, s, s.seed, s.cache),
+            TrainingSet(job.train_samples, s.imgsz, s, s.seed, s.cache, Path(s.cache_dir) if s.cache_dir else None),
             batch_size=s.batch_size // self.ranks.world,
             workers=job.workers,
             parts=s.epoch_parts,
+            rect_stride=job.network.spec.stride_max if s.rect else None,
             rank=self.ranks.rank,
             world=self.ranks.world,
             pin_memory=job.device.type == "cuda",

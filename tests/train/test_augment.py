@@ -436,7 +436,7 @@ def test_a_tile_is_not_written_to() -> None:
 
 def test_a_single_image_is_warped_about_the_middle_of_its_canvas() -> None:
     settings = STILL.model_copy(update={"scale": 0.4})
-    canvas = letterboxed(tile(painted(32, 64, (28, 12, 36, 20)), [[28, 12, 36, 20]]), 64, settings, rng(2))
+    canvas = letterboxed(tile(painted(32, 64, (28, 12, 36, 20)), [[28, 12, 36, 20]]), (64, 64), settings, rng(2))
     scale = 1 + 0.4 * rng(2).uniform(-1, 1, 8)[1]
     np.testing.assert_allclose(canvas.xyxy[0], 32 + np.array([-4, -4, 4, 4]) * scale, atol=1e-4)
 

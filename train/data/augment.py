@@ -25,6 +25,8 @@ MIN_AREA_RATIO = 0.1
 """when more than this share of its scaled area is left,"""
 MAX_ASPECT = 100.0
 """and when its long side is less than this many times its short one."""
+MAX_HIDDEN = 0.3
+"""Share of a box that a pasted copy may not hide."""
 TILES = 8
 """Tiles a canvas may need: four of its mosaic, four of the mosaic it is mixed with."""
 
@@ -173,13 +175,15 @@ def to_long_side(image: ImageArray, resized_hw: tuple[int, int]) -> ImageArray:
     return np.asarray(cv2.resize(image, resized_hw[::-1], interpolation=cv2.INTER_LINEAR), np.uint8)
 
 
-def letterboxed(tile: Tile, imgsz: int, settings: AugmentSettings, rng: np.random.Generator) -> LabelledCanvas:
-    """One tile in the middle of a square canvas of `imgsz`, then mapped at random within it."""
-    canvas_hw = (imgsz, imgsz)
-    box = Letterbox.fit(tile.image_hw, max(tile.image_hw), 1, canvas=canvas_hw)
-    height, width = tile.image_hw
+def letterboxed(
+    tile: Tile, canvas_hw: tuple[int, int], settings: AugmentSettings, rng: np.random.Generator
+) -> LabelledCanvas:
+    """One tile in the middle of a canvas, then mapped at random within it; scaled down where it is too large."""
+    fits = min(canvas_hw[0] / tile.image_hw[0], canvas_hw[1] / tile.image_hw[1], 1.0)
+    box = Letterbox.fit(tile.image_hw, int(max(tile.image_hw) * fits), 1, canvas=canvas_hw)
+    height, width = box.resized_hw
     canvas = np.full((*canvas_hw, 3), PAD_VALUE, np.uint8)
-    canvas[box.top : box.top + height, box.left : box.left + width] = tile.load()
+    canvas[box.top : box.top + height, box.left : box.left + width] = to_long_side(tile.load(), box.resized_hw)
     warp = Warp.draw(canvas_hw, canvas_hw, settings, rng)
     if not np.array_equal(warp.matrix, MATRIX_IDENTITY):
         canvas = warp.apply(canvas)
@@ -197,7 +201,8 @@ def mosaic(tiles: Sequence[Tile], imgsz: int, settings: AugmentSettings, rng: np
     centre_x, centre_y = (int(centre) for centre in rng.uniform(imgsz / 2, side - imgsz / 2, 2))
     order = rng.permutation(4)
     warp = Warp.draw(canvas_hw, (imgsz, imgsz), settings, rng)
-    x1, y1, x2, y2 = warp.source_window(canvas_hw)
+    # A copy may come from anywhere, so that all of the canvas is needed.
+    x1, y1, x2, y2 = (0, 0, side, side) if settings.copy_paste else warp.source_window(canvas_hw)
     canvas = np.full((max(y2 - y1, 1), max(x2 - x1, 1), 3), PAD_VALUE, np.uint8)
     boxes = []
     for place, tile_index in enumerate(order):
@@ -214,7 +219,38 @@ def mosaic(tiles: Sequence[Tile], imgsz: int, settings: AugmentSettings, rng: np
             canvas[seen_y1 - y1 : seen_y2 - y1, seen_x1 - x1 : seen_x2 - x1] = part
     canvas_xyxy = np.clip(np.concatenate(boxes), 0, np.float32(side))
     class_ids = np.concatenate([tiles[tile_index].class_ids for tile_index in order])
-    return warp.label(warp.apply(canvas, (x1, y1)), class_ids, canvas_xyxy)
+    whole = LabelledCanvas(canvas, class_ids, canvas_xyxy)
+    if settings.copy_paste:
+        # A generator of its own: how many numbers it gives depends on the boxes.
+        whole = paste_mirrored(whole, settings.copy_paste, np.random.default_rng(rng.integers(2**63)))
+    return warp.label(warp.apply(whole.image, (x1, y1)), whole.class_ids, whole.xyxy)
+
+
+def paste_mirrored(canvas: LabelledCanvas, share: float, rng: np.random.Generator) -> LabelledCanvas:
+    """The canvas with mirrored copies of `share` of its boxes, each pasted at the place that is its mirror image.
+
+    A copy that would hide `MAX_HIDDEN` or more of any box, an earlier copy's too, is left out. Source: YOLOv5's
+    copy-paste, with a box's pixels in place of a segment's.
+    """
+    width = canvas.image.shape[1]
+    image, class_ids, boxes = canvas.image.copy(), list(canvas.class_ids), list(canvas.xyxy)
+    for index in rng.choice(len(boxes), size=round(share * len(boxes)), replace=False) if boxes else ():
+        x1, y1, x2, y2 = canvas.xyxy[index]
+        mirrored = np.array([width - x2, y1, width - x1, y2], np.float32)
+        left, top, right, bottom = (round(float(edge)) for edge in (x1, y1, x2, y2))
+        if min(right - left, bottom - top) < 1 or (_hidden(mirrored, np.stack(boxes)) >= MAX_HIDDEN).any():
+            continue
+        image[top:bottom, width - right : width - left] = canvas.image[top:bottom, left:right][:, ::-1]
+        class_ids.append(canvas.class_ids[index])
+        boxes.append(mirrored)
+    return LabelledCanvas(image, np.array(class_ids, np.int32), np.array(boxes, np.float32).reshape(-1, 4))
+
+
+def _hidden(box: FloatArray, others: FloatArray) -> FloatArray:
+    """Share (n,) of the area of every other box (n, 4) that lies under a box (4,)."""
+    sides = np.minimum(box[2:], others[:, 2:]) - np.maximum(box[:2], others[:, :2])
+    area = np.prod(others[:, 2:] - others[:, :2], axis=1)
+    return np.asarray(np.prod(np.maximum(sides, 0), axis=1) / np.maximum(area, 1e-9), np.float32)
 
 
 def mix(first: LabelledCanvas, second: LabelledCanvas, rng: np.random.Generator) -> LabelledCanvas:
@@ -259,15 +295,22 @@ def flipped(canvas: LabelledCanvas, settings: AugmentSettings, rng: np.random.Ge
 
 
 def augmented(
-    tile: Callable[[int], Tile], imgsz: int, settings: AugmentSettings, rng: np.random.Generator
+    tile: Callable[[int], Tile],
+    imgsz: int,
+    settings: AugmentSettings,
+    rng: np.random.Generator,
+    canvas_hw: tuple[int, int] | None = None,
 ) -> LabelledCanvas:
-    """One training canvas of `imgsz` squared: `tile(0)` is its own, those up to `TILES` its companions."""
-    if rng.random() < settings.mosaic:
+    """One training canvas of `imgsz` squared: `tile(0)` is its own, those up to `TILES` its companions.
+
+    With `canvas_hw`, one image on a canvas of that height and width, and no mosaic.
+    """
+    if canvas_hw is None and rng.random() < settings.mosaic:
         canvas = mosaic([tile(number) for number in range(4)], imgsz, settings, rng)
         if rng.random() < settings.mixup:
             partner = mosaic([tile(number) for number in range(4, TILES)], imgsz, settings, rng)
             canvas = mix(canvas, partner, rng)
     else:
-        canvas = letterboxed(tile(0), imgsz, settings, rng)
+        canvas = letterboxed(tile(0), canvas_hw or (imgsz, imgsz), settings, rng)
     image = jitter_hsv(canvas.image, settings, rng)
     return flipped(LabelledCanvas(image, canvas.class_ids, canvas.xyxy), settings, rng)

@@ -15,11 +15,12 @@ from parkdet.runtime.errors import DataError, UsageError
 from parkdet.runtime.geometry import ImageArray, Letterbox
 from parkdet.runtime.images import read_image
 from parkdet.train.data.augment import Tile, to_long_side
+from parkdet.train.data.disk_cache import DiskCache, default_cache_dir
 from parkdet.train.data.samples import Sample
 
 log = logging.getLogger(__name__)
 
-CacheMode = Literal["none", "ram"]
+CacheMode = Literal["none", "ram", "disk"]
 
 _CGROUP_FILES: tuple[tuple[str, str], ...] = (
     ("memory.max", "memory.current"),
@@ -44,10 +45,13 @@ class ImageStore:
     """Gives every sample's image scaled to `imgsz` on its long side (linear), and its boxes at that scale.
 
     With `cache="ram"` all images are decoded at once into one buffer, which workers forked later share.
-    UsageError when that would take more than half of the memory that is available.
+    UsageError when that would take more than half of the memory that is available. With `cache="disk"` an image is
+    written as it is scaled when it is first used, and read from there afterwards, by later runs too.
     """
 
-    def __init__(self, samples: Sequence[Sample], imgsz: int, cache: CacheMode = "none") -> None:
+    def __init__(
+        self, samples: Sequence[Sample], imgsz: int, cache: CacheMode = "none", cache_dir: Path | None = None
+    ) -> None:
         self._samples = samples
         self._boxes = [Letterbox.fit(sample.image_hw, imgsz, 1, canvas=(imgsz, imgsz)) for sample in samples]
         self._offsets = np.concatenate(
@@ -59,8 +63,16 @@ class ImageStore:
         self._cached: ImageArray | None = None
         self.unreadable: dict[int, str] = {}
         """What was found wrong while the cache was filled, by index."""
+        self._disk: DiskCache | None = None
         if cache == "ram":
             self._fill()
+        elif cache == "disk":
+            self._disk = DiskCache(cache_dir or default_cache_dir())
+            sizes = np.diff(self._offsets).tolist()
+            self._disk.check_space(
+                (sample.path, box.resized_hw, size)
+                for sample, box, size in zip(samples, self._boxes, sizes, strict=True)
+            )
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -90,6 +102,16 @@ class ImageStore:
         return pixels.reshape(*self._boxes[index].resized_hw, 3)
 
     def _read(self, index: int) -> ImageArray:
+        resized_hw, path = self._boxes[index].resized_hw, self._samples[index].path
+        if self._disk is None:
+            return self._decoded(index)
+        kept = self._disk.get(path, resized_hw)
+        if kept is None:
+            kept = self._decoded(index)
+            self._disk.put(path, kept)
+        return kept
+
+    def _decoded(self, index: int) -> ImageArray:
         sample = self._samples[index]
         try:
             image = read_image(sample.path)

@@ -11,6 +11,7 @@ import multiprocessing
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -33,6 +34,8 @@ from parkdet.train.data.sampling import (
     batch_count,
     batches,
     epoch_indices,
+    grouped_by_aspect,
+    rect_canvas,
     replacement_index,
 )
 
@@ -78,6 +81,7 @@ class TrainingSet(Dataset[TrainingBatch]):
         settings: AugmentSettings,
         seed: int,
         cache: CacheMode = "none",
+        cache_dir: Path | None = None,
     ) -> None:
         if not samples:
             raise DataError("the training set has no image; run 'parkdet prepare' to see why")
@@ -86,14 +90,15 @@ class TrainingSet(Dataset[TrainingBatch]):
         self.settings = settings
         self.settings_of_whole_images = settings.model_copy(update={"mosaic": 0.0})
         self.seed = seed
-        self.store = ImageStore(self.samples, imgsz, cache)
+        self.store = ImageStore(self.samples, imgsz, cache, cache_dir)
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitems__(self, requests: list[SampleRequest]) -> TrainingBatch:
         """The batch of these requests. DataError when one of them meets only unreadable images."""
-        images = torch.empty((len(requests), 3, self.imgsz, self.imgsz), dtype=torch.uint8)
+        height, width = requests[0].canvas_hw or (self.imgsz, self.imgsz)
+        images = torch.empty((len(requests), 3, height, width), dtype=torch.uint8)
         if get_worker_info() is not None:
             images.share_memory_()  # type: ignore[no-untyped-call] # written once, where the parent process reads it
         targets, image_ids, paths = [], [], []
@@ -102,7 +107,7 @@ class TrainingSet(Dataset[TrainingBatch]):
             canvas, indices = self.canvas(request, unreadable)
             red_green_blue = images[number].numpy()
             cv2.split(canvas.image, [red_green_blue[2], red_green_blue[1], red_green_blue[0]])
-            targets.append(_target_rows(number, canvas, self.imgsz))
+            targets.append(_target_rows(number, canvas))
             image_ids.append(self.samples[indices[0]].image_id)
             paths.append(tuple(str(self.samples[index].path) for index in indices))
         return TrainingBatch(
@@ -129,6 +134,7 @@ class TrainingSet(Dataset[TrainingBatch]):
                     self.imgsz,
                     settings,
                     rng,
+                    request.canvas_hw,
                 )
                 return canvas, shown
             except UnreadableImageError as error:
@@ -157,6 +163,7 @@ class TrainingLoader:
         workers: int,
         parts: int = 1,
         shuffle: bool = True,
+        rect_stride: int | None = None,
         rank: int = 0,
         world: int = 1,
         pin_memory: bool = False,
@@ -165,6 +172,9 @@ class TrainingLoader:
         self.batch_size = batch_size
         self.parts = parts
         self.shuffle = shuffle
+        self.rect_stride = rect_stride
+        """Stride of rectangular canvases; None: squares."""
+        self._aspects = np.array([height / width for height, width in (s.image_hw for s in dataset.samples)])
         self.rank = rank
         self.world = world
         self.unreadable: dict[str, str] = {}
@@ -207,6 +217,14 @@ class TrainingLoader:
         """
         seed = self.dataset.seed
         indices = epoch_indices(len(self.dataset), seed, epoch, weights=weights, parts=self.parts, shuffle=self.shuffle)
+        stride, canvas_of = self.rect_stride, None
+        if stride is not None:
+            step = self.batch_size * self.world
+            indices = grouped_by_aspect(indices, self._aspects, step, seed, epoch)
+
+            def canvas_of(members: NDArray[np.int64]) -> tuple[int, int]:
+                return rect_canvas(self._aspects[members], self.dataset.imgsz, stride)
+
         self._plan.batches = list(
             batches(
                 indices,
@@ -217,6 +235,7 @@ class TrainingLoader:
                 rank=self.rank,
                 world=self.world,
                 mosaics=mosaics,
+                canvas_of=canvas_of,
             )
         )
         with interrupts_held_back(signal.SIGINT, signal.SIGTERM):
@@ -255,11 +274,12 @@ class _Plan:
         return len(self.batches)
 
 
-def _target_rows(number: int, canvas: LabelledCanvas, imgsz: int) -> FloatArray:
+def _target_rows(number: int, canvas: LabelledCanvas) -> FloatArray:
+    height, width = canvas.image.shape[:2]
     rows = np.empty((len(canvas.class_ids), 6), np.float32)
     rows[:, 0] = number
     rows[:, 1] = canvas.class_ids
-    rows[:, 2:] = xyxy_to_cxcywh(canvas.xyxy) / np.float32(imgsz)
+    rows[:, 2:] = xyxy_to_cxcywh(canvas.xyxy) / np.array([width, height, width, height], np.float32)
     return rows
 
 

@@ -6,7 +6,8 @@ continues exactly, whatever the number of workers, and distributed processes agr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ COMPANIONS = 7
 """Images that a sample may need beside its own: three for its mosaic, four for the one it is mixed with."""
 
 # The first word of a random stream says what it is for, so that no two uses share numbers.
-_ORDER, _COMPANIONS, _AUGMENTATION, _REPLACEMENT = range(4)
+_ORDER, _COMPANIONS, _AUGMENTATION, _REPLACEMENT, _GROUPS = range(5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,8 @@ class SampleRequest:
     """The `COMPANIONS` other samples, drawn from the epoch's index list: image weights hold for them too."""
     mosaic: bool = True
     """Whether the settings' mosaics apply; if not, the canvas shows its own image alone."""
+    canvas_hw: tuple[int, int] | None = None
+    """Height and width of its batch's canvas in a rectangular training."""
 
 
 def _generator(seed: int, *key: int) -> np.random.Generator:
@@ -105,6 +108,33 @@ def epoch_indices(
     return indices if shuffle else np.sort(indices)
 
 
+def grouped_by_aspect(
+    indices: NDArray[np.int64], aspects: NDArray[np.float64], batch: int, seed: int, epoch: int
+) -> NDArray[np.int64]:
+    """The epoch's list in another order: batches of samples of like aspect (height / width), in random order.
+
+    A batch that is not full stays at the end. Samples of one aspect keep the epoch's order among each other.
+    """
+    by_aspect = indices[np.argsort(aspects[indices], kind="stable")]
+    full = len(by_aspect) // batch
+    rng = _generator(seed, _GROUPS, epoch)
+    # The samples that fill no batch are taken out at a random place, or it would always be the tallest ones.
+    start = int(rng.integers(full + 1)) * batch
+    spare = len(by_aspect) - full * batch
+    rest, grouped = by_aspect[start : start + spare], np.delete(by_aspect, np.s_[start : start + spare])
+    return np.concatenate((grouped.reshape(full, batch)[rng.permutation(full)].ravel(), rest))
+
+
+def rect_canvas(aspects: NDArray[np.float64], imgsz: int, stride: int) -> tuple[int, int]:
+    """The smallest canvas of whole strides that holds images of these aspects (height / width) at long side `imgsz`.
+
+    Source: YOLOv5's rectangular training.
+    """
+    tallest, widest = float(aspects.max()), float(aspects.min())
+    height, width = min(tallest, 1.0), min(1 / widest, 1.0)
+    return tuple(max(math.ceil(round(side * imgsz / stride, 6)), 2) * stride for side in (height, width))  # type: ignore[return-value]
+
+
 def batch_count(count: int, batch_size: int, *, world: int = 1) -> int:
     """Batches each process takes of an epoch of `count` places, the last one perhaps smaller."""
     return -(-count // (batch_size * world))
@@ -120,11 +150,13 @@ def batches(
     rank: int = 0,
     world: int = 1,
     mosaics: bool = True,
+    canvas_of: Callable[[NDArray[np.int64]], tuple[int, int]] | None = None,
 ) -> Iterator[list[SampleRequest]]:
     """This process's batches of an epoch, from `start_batch` on.
 
     The batches of all processes at one step make up the batch of one process with `batch_size * world`. The
     list is filled from its front until the processes share it evenly, so that none waits for the others.
+    `canvas_of` gives the canvas for the samples of a batch of all processes.
     """
     if batch_size < 1 or not 0 <= rank < world:
         raise ValueError(f"no batches of {batch_size} for process {rank} of {world}")
@@ -135,7 +167,8 @@ def batches(
     for start in range(start_batch * step, len(padded), step):
         share = (min(start + step, len(padded)) - start) // world
         first = start + rank * share
+        canvas_hw = canvas_of(padded[start : start + step]) if canvas_of else None
         yield [
-            SampleRequest(epoch, place, int(padded[place]), tuple(companions[place].tolist()), mosaics)
+            SampleRequest(epoch, place, int(padded[place]), tuple(companions[place].tolist()), mosaics, canvas_hw)
             for place in range(first, first + share)
         ]
