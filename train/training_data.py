@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from parkdet.runtime.contest import ContestData
+from parkdet.runtime.split import split_ids
 from parkdet.train.config import Recipe
 from parkdet.train.data.samples import Sample, samples_from
-from parkdet.runtime.split import split_ids
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
