@@ -1,0 +1,78 @@
+"""The tests of the simulated driver, run on it: streams late, early and in between."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from parkdet.runtime.cuda.driver import Device
+from parkdet.runtime.errors import UsageError
+
+HEADER = next(
+    (place for place in (Path("/usr/local/cuda/include"), Path("/usr/include")) if (place / "cuda.h").exists()), None
+)
+
+
+@pytest.mark.parametrize("order", ["late", "early", "1"])
+def test_on_the_simulated_driver(on_simulation: Callable[..., Any], sample_kernels: Path, order: str) -> None:
+    tests = "tests/gpu_free/driver/simulated/test_driver.py"
+    outcome = on_simulation(sample_kernels, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests, order=order)
+    assert outcome.code == 0, outcome.output
+
+
+def test_without_a_driver_the_remedy_is_told() -> None:
+    if shutil.which("nvidia-smi"):
+        pytest.skip("this machine has an NVIDIA driver")
+    with pytest.raises(UsageError, match="install or update the NVIDIA driver"):
+        Device()
+
+
+def test_the_numbers_are_those_of_cuda_h(tmp_path: Path, repository: Path) -> None:
+    if HEADER is None or shutil.which("g++") is None:
+        pytest.skip("needs g++ and the header cuda.h of a CUDA toolkit")
+    errors = {
+        "SUCCESS": "CUDA_SUCCESS",
+        **{
+            name: f"CUDA_ERROR_{name}"
+            for name in (
+                "INVALID_VALUE", "OUT_OF_MEMORY", "NOT_INITIALIZED", "INVALID_DEVICE", "INVALID_IMAGE",
+                "INVALID_CONTEXT", "INVALID_HANDLE", "NOT_FOUND", "NOT_READY", "ILLEGAL_ADDRESS", "LAUNCH_FAILED",
+                "LAUNCH_OUT_OF_RESOURCES", "NOT_SUPPORTED", "STREAM_CAPTURE_UNSUPPORTED", "STREAM_CAPTURE_INVALIDATED",
+                "STREAM_CAPTURE_UNJOINED", "STREAM_CAPTURE_ISOLATION", "STREAM_CAPTURE_IMPLICIT",
+            )
+        },
+        **{
+            name: f"CU_DEVICE_ATTRIBUTE_{name}"
+            for name in (
+                "MAX_THREADS_PER_BLOCK", "MAX_SHARED_MEMORY_PER_BLOCK", "WARP_SIZE", "CLOCK_RATE",
+                "MULTIPROCESSOR_COUNT", "MEMORY_CLOCK_RATE", "GLOBAL_MEMORY_BUS_WIDTH", "UNIFIED_ADDRESSING",
+                "COMPUTE_CAPABILITY_MAJOR", "COMPUTE_CAPABILITY_MINOR", "MAX_SHARED_MEMORY_PER_BLOCK_OPTIN",
+            )
+        },
+        "FUNCTION_MAX_THREADS_PER_BLOCK": "CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK",
+        "FUNCTION_MAX_DYNAMIC_SHARED_SIZE_BYTES": "CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES",
+        "STREAM_NON_BLOCKING": "CU_STREAM_NON_BLOCKING",
+        "POINTER_MEMORY_TYPE": "CU_POINTER_ATTRIBUTE_MEMORY_TYPE",
+        "MEMORY_HOST": "CU_MEMORYTYPE_HOST",
+        "MEMORY_DEVICE": "CU_MEMORYTYPE_DEVICE",
+        "CAPTURE_NONE": "CU_STREAM_CAPTURE_STATUS_NONE",
+        "CAPTURE_ACTIVE": "CU_STREAM_CAPTURE_STATUS_ACTIVE",
+        "CAPTURE_INVALIDATED": "CU_STREAM_CAPTURE_STATUS_INVALIDATED",
+    }  # fmt: skip
+    lines = [f'static_assert(int(::{ours}) == int({theirs}), "{ours}");' for ours, theirs in errors.items()]
+    lines += [
+        "static_assert(sizeof(LaunchConfig) == sizeof(CUlaunchConfig));",
+        "static_assert(offsetof(LaunchConfig, stream) == offsetof(CUlaunchConfig, hStream));",
+        "static_assert(offsetof(LaunchConfig, attribute_count) == offsetof(CUlaunchConfig, numAttrs));",
+    ]
+    source = tmp_path / "compare.cpp"
+    abi = repository / "tests" / "gpu_free" / "driver" / "abi.h"
+    source.write_text("\n".join(["#include <cuda.h>", f'#include "{abi}"', *lines]) + "\n")
+    command = ["g++", "-std=c++17", "-fsyntax-only", "-I", str(HEADER), str(source)]
+    compiled = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert compiled.returncode == 0, compiled.stderr
