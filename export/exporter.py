@@ -74,7 +74,7 @@ def export_onnx(options: ExportOptions, say: Say) -> Path:
 def _prove(
     options: ExportOptions, checkpoint: Checkpoint, graph: Path, images: Iterator[ImageArray], say: Say
 ) -> ParityReport:
-    with open_backend(graph, options.backend) as backend:
+    with open_backend(graph, options.backend, precision="fp32") as backend:
         say(f"gate: {backend.name} against torch, both float32 ...")
         return compare(checkpoint.model, backend.infer, images)
 

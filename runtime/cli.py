@@ -59,13 +59,22 @@ import click
 )
 @click.option("--best-class-only", is_flag=True, help="One class a box. By default one for every class that passes.")
 @click.option("--agnostic-nms", is_flag=True, help="Boxes of different classes suppress one another.")
-@click.option("--backend", metavar="NAME", help="openvino or onnxruntime.  [default: openvino]")
+@click.option(
+    "--backend",
+    metavar="NAME",
+    help="openvino, onnxruntime or onnxruntime-tensorrt.  [default: by file and device; openvino for ONNX on the CPU]",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "bf16"]),
+    help="What a float32 model is computed in; boxes are float32.  [default: bf16 where the processor has it]",
+)
 @click.option(
     "--threads",
     type=click.IntRange(min=1),
     help="Processors for the model.  [default: all that this process may use]",
 )
-@click.option("--device", default="cpu", show_default=True, help="Where the model runs.")
+@click.option("--device", help="Where the model runs: cpu, or cuda:0 (or 0).  [default: the backend's own]")
 @click.option(
     "--project",
     type=click.Path(path_type=Path),

@@ -11,7 +11,7 @@ from typing import Self
 
 import numpy as np
 
-from parkdet.runtime.backends.base import FinishingBackend, open_backend
+from parkdet.runtime.backends.base import FinishingBackend, Precision, open_backend
 from parkdet.runtime.canvas_choice import fit_letterbox
 from parkdet.runtime.detections import Detections
 from parkdet.runtime.errors import UsageError
@@ -46,15 +46,17 @@ class Detector:
         multi_label: bool = False,
         agnostic: bool = False,
         tta: bool = False,
-        device: str = "cpu",
+        device: str | None = None,
         backend: str | None = None,
+        precision: Precision | None = None,
         imgsz: int | None = None,
     ) -> None:
         """Open `path`: an .onnx file, or an OpenVINO .xml file or its folder.
 
         `imgsz` is the length to which an image's long side is scaled, by default the one the model was made
-        for. UsageError for a setting, device or path that cannot be, or for test-time augmentation that
-        the artifact was exported without; ArtifactError for a damaged artifact.
+        for; `precision` is what it computes in, by default bf16 where the processor has it. UsageError for a
+        setting, device or path that cannot be, or for test-time augmentation that the artifact was exported
+        without; ArtifactError for a damaged artifact.
         """
         try:
             self.nms = NmsSettings(conf=conf, iou=iou, max_det=max_det, multi_label=multi_label, agnostic=agnostic)
@@ -62,7 +64,7 @@ class Detector:
             raise UsageError(str(error)) from error
         if imgsz is not None and imgsz < 1:
             raise UsageError(f"imgsz must be at least 1, not {imgsz}")
-        self._backend = open_backend(path, backend, device, goal="latency")
+        self._backend = open_backend(path, backend, device, goal="latency", precision=precision)
         try:
             refuse_unfit_views(self._backend.spec, tta, path)
         except UsageError:

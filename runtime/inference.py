@@ -9,7 +9,8 @@ from pathlib import Path
 
 import click
 
-from parkdet.runtime.backends.base import Backend, open_backend, resolve_artifact
+from parkdet.runtime.backends.base import Backend, Precision, open_backend, resolve_artifact
+from parkdet.runtime.backends.compiled_cache import artifact_digest
 from parkdet.runtime.contest import ContestData
 from parkdet.runtime.errors import DataError, Interrupted, UsageError
 from parkdet.runtime.images import list_images
@@ -60,7 +61,8 @@ class InferOptions:
     agnostic: bool = False
     backend: str | None = None
     threads: int | None = None
-    device: str = "cpu"
+    device: str | None = None
+    precision: Precision | None = None
     project: Path = Path("runs/detect")
     name: str = "exp"
     exist_ok: bool = False
@@ -112,7 +114,7 @@ def run_inference(artifact: Path, options: InferOptions) -> InferReport:
         raise UsageError("--fresh begins a new folder and --exist-ok keeps to one: give one of the two")
     path = resolve_artifact(artifact)
     items = _images(options)
-    with open_backend(path, options.backend, options.device, options.threads) as backend:
+    with open_backend(path, options.backend, options.device, options.threads, precision=options.precision) as backend:
         if options.split == "val":
             items = _held_out(items, backend.spec)
         nms = _nms_settings(options, backend.spec)
@@ -128,8 +130,8 @@ def run_inference(artifact: Path, options: InferOptions) -> InferReport:
         folder = _run_folder(options, fingerprint, file_bytes)
         click.echo(f"Run folder: {folder}")
         click.echo(
-            f"model: {path.name} on {backend.name}, long side {settings.imgsz} px, conf {nms.conf:g}, "
-            f"IoU {nms.iou:g}, at most {nms.max_det} an image",
+            f"model: {path.name} on {backend.name} in {backend.precision}, long side {settings.imgsz} px, "
+            f"conf {nms.conf:g}, IoU {nms.iou:g}, at most {nms.max_det} an image",
             err=True,
         )
         with RunStore(folder, fingerprint, file_bytes, settings.keep_candidates) as store:
@@ -176,16 +178,11 @@ def fingerprint_of(backend: Backend, settings: PipelineSettings, items: list[Ima
     images = hashlib.sha256()
     for item in items:
         images.update(f"{item.image_id}\0{item.file_name}\n".encode("utf-8", "surrogateescape"))
-    model = hashlib.sha256()
-    for file in (backend.path, backend.path.with_suffix(".bin")):
-        if file == backend.path or (file.is_file() and backend.path.suffix.lower() == ".xml"):
-            with file.open("rb") as content:
-                model.update(hashlib.file_digest(content, "sha256").digest())
     nms = settings.nms
     return {
-        "model": model.hexdigest(),
+        "model": artifact_digest(backend.path),
         "backend": backend.name,
-        "precision": "float32",
+        "precision": backend.precision,
         "imgsz": settings.imgsz,
         "conf": nms.conf,
         "iou": nms.iou,

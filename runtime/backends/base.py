@@ -25,9 +25,23 @@ if TYPE_CHECKING:
     from parkdet.runtime.nms import NmsCounts, NmsSettings
 
 Goal = Literal["throughput", "latency"]
+Precision = Literal["fp32", "bf16"]
 
-DEVICES = ("cpu",)
-"""Devices that this version runs on."""
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
+"""In which a graph of float32 weights can be computed; boxes are float32 in either."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackendOptions:
+    """How an artifact is to be opened."""
+
+    device: str = "cpu"
+    """`cpu`, or `cuda:0` and so on."""
+    threads: int = 1
+    """Processors for the model."""
+    goal: Goal = "throughput"
+    precision: Precision | None = None
+    """None: the fastest one that the project's parity limits allow on this device."""
 
 
 class Backend(Protocol):
@@ -40,6 +54,8 @@ class Backend(Protocol):
     """Batch, height and width that the graph insists on; None where any will do."""
     parallel: int
     """Calls of `infer` that are worth having in progress at once."""
+    precision: str
+    """In which the network is computed: fp32, bf16, fp16, int8. Two runs of different precision are two runs."""
 
     def infer(self, canvases: ImageArray) -> list[FloatArray]:
         """Raw heads of canvases (B, H, W, 3) uint8 BGR: a level each, (B, na, h, w, 5 + nc) float32.
@@ -78,6 +94,7 @@ class GraphBackend(ABC):
 
     name: str
     parallel = 1
+    precision = "fp32"
 
     def __init__(self, path: Path, spec: ModelSpec, inputs: list[TensorSpec], outputs: list[TensorSpec]) -> None:
         check_graph(path, spec, inputs, outputs)
@@ -153,11 +170,18 @@ class _Kind:
     home: str
     """Module and class, imported when chosen."""
     suffixes: tuple[str, ...]
+    devices: tuple[str, ...]
+    """Kinds of device that it runs on, the default first."""
 
 
 _BACKENDS = {
-    "openvino": _Kind("openvino", "parkdet.runtime.backends.openvino:OpenVinoBackend", (".onnx", ".xml")),
-    "onnxruntime": _Kind("onnxruntime", "parkdet.runtime.backends.onnxruntime:OnnxRuntimeBackend", (".onnx",)),
+    "openvino": _Kind("openvino", "parkdet.runtime.backends.openvino:OpenVinoBackend", (".onnx", ".xml"), ("cpu",)),
+    "onnxruntime": _Kind(
+        "onnxruntime", "parkdet.runtime.backends.onnxruntime:OnnxRuntimeBackend", (".onnx",), ("cpu", "cuda")
+    ),
+    "onnxruntime-tensorrt": _Kind(
+        "onnxruntime", "parkdet.runtime.backends.onnxruntime:OnnxRuntimeTensorRtBackend", (".onnx",), ("cuda",)
+    ),
 }
 """In the order of preference: the first one that reads a suffix is its default."""
 
@@ -193,44 +217,72 @@ def resolve_artifact(path: str | os.PathLike[str]) -> Path:
 def open_backend(
     path: str | os.PathLike[str],
     backend: str | None = None,
-    device: str = "cpu",
+    device: str | None = None,
     threads: int | None = None,
     goal: Goal = "throughput",
+    precision: Precision | None = None,
 ) -> GraphBackend:
     """Open an artifact: `.onnx`, or an OpenVINO `.xml` or the folder of one.
 
-    Without `backend` an ONNX file opens with OpenVINO. `threads` is the model's share of the processor,
-    by default all of the process's CPU set. `goal` is what to be fast at: many images, or one at a time;
-    the numbers are the same. UsageError for what the caller named wrongly; ArtifactError for
-    a file that is empty, damaged or does not describe itself.
+    Without `backend` the first that reads the file and runs on the device: OpenVINO for an ONNX file on the CPU.
+    `device`: `cpu`, or `cuda`, `cuda:1`, `1`; by default the backend's own. `threads` is the model's share of
+    the processor, by default all of the process's CPU set. `goal` is what to be fast at: many images, or one at a
+    time; the numbers are the same. `precision`: by default bf16 where the processor computes in it, else fp32.
+    UsageError for what the caller named wrongly; ArtifactError for a file that is empty, damaged or does not
+    describe itself.
     """
-    if device not in DEVICES:
-        raise UsageError(f"device '{device}': this version runs on {', '.join(DEVICES)}")
     if backend is not None and backend not in _BACKENDS:
         raise UsageError(f"backend '{backend}' is not one of {', '.join(_BACKENDS)}")
     if threads is not None and threads < 1:
         raise UsageError(f"threads must be at least 1, not {threads}")
+    if precision is not None and precision not in PRECISIONS:
+        raise UsageError(f"precision '{precision}' is not one of {', '.join(PRECISIONS)}")
     artifact = resolve_artifact(path)
-    suffix = artifact.suffix.lower()
-    readers = [name for name, kind in _BACKENDS.items() if suffix in kind.suffixes]
-    name = backend or readers[0]
-    if name not in readers:
-        raise UsageError(f"{artifact}: backend '{name}' does not read '{suffix}'; {', '.join(readers)} does")
-    kind = _BACKENDS[name]
-    if find_spec(kind.package) is None:
-        others = [other for other in readers if other != name and find_spec(_BACKENDS[other].package)]
-        hint = f", or choose --backend {others[0]}" if others else ""
-        raise UsageError(f"{kind.package} is not installed: pip install 'parkdet[cpu]'{hint}")
-    module, _, class_name = kind.home.partition(":")
+    name, on = _choose(artifact, backend, device)
+    options = BackendOptions(device=on, threads=threads or available_cpus(), goal=goal, precision=precision)
+    module, _, class_name = _BACKENDS[name].home.partition(":")
     opener: type[GraphBackend] = getattr(import_module(module), class_name)
     try:
-        return opener(artifact, threads=threads or available_cpus(), goal=goal)  # type: ignore[call-arg]
+        return opener(artifact, options)  # type: ignore[call-arg, arg-type]
     except ParkdetError:
         raise
     except (RuntimeError, ValueError) as error:
         raise ArtifactError(
             f"{artifact}: {name} cannot open it ({first_line(error)}); run 'parkdet export' again"
         ) from error
+
+
+def _choose(artifact: Path, backend: str | None, device: str | None) -> tuple[str, str]:
+    """The backend's name and the device, `cpu` or `cuda:N`, for an artifact. UsageError where there is none."""
+    suffix = artifact.suffix.lower()
+    readers = [name for name, kind in _BACKENDS.items() if suffix in kind.suffixes]
+    if backend is not None and backend not in readers:
+        raise UsageError(f"{artifact}: backend '{backend}' does not read '{suffix}'; {', '.join(readers)} does")
+    asked = readers if backend is None else [backend]
+    on = _device(device, _BACKENDS[asked[0]].devices[0])
+    fitting = [name for name in asked if on.partition(":")[0] in _BACKENDS[name].devices]
+    if not fitting:
+        able = [name for name in readers if on.partition(":")[0] in _BACKENDS[name].devices]
+        hint = f"; {', '.join(able)} does" if able else ""
+        raise UsageError(f"{artifact}: {', '.join(asked)} does not run on device '{on}'{hint}")
+    name = fitting[0]
+    package = _BACKENDS[name].package
+    if find_spec(package) is None:
+        others = [other for other in readers if other != name and find_spec(_BACKENDS[other].package)]
+        hint = f", or choose --backend {others[0]}" if others else ""
+        raise UsageError(f"{package} is not installed: pip install 'parkdet[cpu]'{hint}")
+    return name, on
+
+
+def _device(text: str | None, default: str) -> str:
+    """`cpu` or `cuda:N` of what users write: cpu, cuda, gpu, cuda:1, 1."""
+    word = (text if text is not None else default).strip().lower()
+    if word == "cpu":
+        return word
+    number = word.removeprefix("cuda").removeprefix("gpu").removeprefix(":") or "0"
+    if not number.isascii() or not number.isdigit():
+        raise UsageError(f"device '{text}' is neither cpu nor a CUDA device (cuda:0, or its number)")
+    return f"cuda:{int(number)}"
 
 
 def available_cpus() -> int:

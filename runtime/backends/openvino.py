@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from parkdet.runtime.backends.base import Goal, GraphBackend, spec_from_metadata
+from parkdet.runtime.backends.base import BackendOptions, GraphBackend, Precision, spec_from_metadata
+from parkdet.runtime.backends.compiled_cache import CompiledCache, artifact_digest
 from parkdet.runtime.backends.onnx_file import read_onnx_metadata
-from parkdet.runtime.errors import ArtifactError
+from parkdet.runtime.errors import ArtifactError, UsageError
 from parkdet.runtime.geometry import ImageArray
 from parkdet.runtime.model_spec import SPEC_KEY, TensorSpec
 
@@ -24,39 +25,50 @@ if TYPE_CHECKING:
 MAX_COMPILED = 4
 """Batch and canvas sizes that stay compiled; each holds its own copy of the weights."""
 
+_HINTS = {"fp32": "f32", "bf16": "bf16"}
+_WIDEST = float(np.finfo(np.float32).max)
+_GRAPH_REVISION = 1
+"""Counted up when what `_with_float_heads` makes of a graph changes: cached graphs of before are not for it."""
+
 
 class OpenVinoBackend(GraphBackend):
-    """A graph in OpenVINO's CPU plugin, compiled for each (batch, height, width) as it comes, in float32."""
+    """A graph in OpenVINO's CPU plugin, compiled for each (batch, height, width) as it comes."""
 
     name = "openvino"
 
-    def __init__(self, path: Path, threads: int, goal: Goal) -> None:
+    def __init__(self, path: Path, options: BackendOptions) -> None:
         import openvino as ov
 
+        self._core = ov.Core()
+        self._model: openvino.Model | None = None
         if path.suffix.lower() == ".onnx":
             # Before OpenVINO sees it: on a damaged file its frontends print to the terminal in turn.
             metadata = read_onnx_metadata(path)
         else:
             _check_ir(path)
-            metadata = {}
-        self._core = ov.Core()
-        self._model: openvino.Model | None = self._core.read_model(path)
-        if path.suffix.lower() != ".onnx" and self._model.has_rt_info(["framework", SPEC_KEY]):
-            metadata[SPEC_KEY] = str(self._model.get_rt_info(["framework", SPEC_KEY]).value)
+            self._model = self._core.read_model(path)
+            has_spec = self._model.has_rt_info(["framework", SPEC_KEY])
+            metadata = {SPEC_KEY: str(self._model.get_rt_info(["framework", SPEC_KEY]).value)} if has_spec else {}
         spec = spec_from_metadata(path, metadata)
+        self._cache = CompiledCache(artifact_digest(path))
+        if self._model is None and not (spec.inputs and spec.outputs and self._cache.knows()):
+            self._model = self._core.read_model(path)
+        # A graph that was compiled before was read and checked then; reading a large one again takes seconds.
+        ports = None if self._model is None else (self._model.inputs, self._model.outputs)
         super().__init__(
             path,
             spec,
-            [_tensor_spec(port) for port in self._model.inputs],
-            [_tensor_spec(port) for port in self._model.outputs],
+            [_tensor_spec(port) for port in ports[0]] if ports else list(spec.inputs),
+            [_tensor_spec(port) for port in ports[1]] if ports else list(spec.outputs),
         )
-        self.parallel = 1 if goal == "latency" else streams_for(threads)
+        computed_in = _precision(options.precision, str(self._core.get_property("CPU", "INFERENCE_PRECISION_HINT")))
+        self.precision = computed_in if spec.precision != "int8" else f"int8-{computed_in}"
+        self.parallel = 1 if options.goal == "latency" else streams_for(options.threads)
         self._settings: dict[str, Any] = {
-            # On processors with AMX the default is bfloat16; boxes are moved by pixels at its 8 bits.
-            "INFERENCE_PRECISION_HINT": "f32",
-            "PERFORMANCE_HINT": goal.upper(),
+            "INFERENCE_PRECISION_HINT": _HINTS[computed_in],
+            "PERFORMANCE_HINT": options.goal.upper(),
             "NUM_STREAMS": self.parallel,
-            "INFERENCE_NUM_THREADS": threads,
+            "INFERENCE_NUM_THREADS": options.threads,
             # Decoding and post-processing share the processors; pinned threads could not make room.
             "ENABLE_CPU_PINNING": False,
         }
@@ -67,7 +79,8 @@ class OpenVinoBackend(GraphBackend):
         idle = self._requests(images.shape)
         request = idle.get()
         try:
-            request.infer([images], share_inputs=True)
+            request.start_async([images], share_inputs=True)
+            request.wait()
             return [np.array(tensor.data) for tensor in request.output_tensors]
         finally:
             idle.put(request)
@@ -79,23 +92,80 @@ class OpenVinoBackend(GraphBackend):
             if idle is not None:
                 self._compiled.move_to_end(shape)
                 return idle
-            if self._model is None:
+            if self._closed:
                 raise ValueError(f"{self.path}: this {self.name} backend is closed")
             while len(self._compiled) >= MAX_COMPILED:
                 self._compiled.popitem(last=False)
-            model = self._model.clone()
-            model.reshape({model.input(0): list(shape)})
-            compiled = self._core.compile_model(model, "CPU", self._settings)
+            compiled = self._compile(shape)
             idle = SimpleQueue()
             for _ in range(self.parallel):
                 idle.put(compiled.create_infer_request())
             self._compiled[shape] = idle
             return idle
 
+    def _compile(self, shape: tuple[int, ...]) -> openvino.CompiledModel:
+        """The graph for one input shape, from the cache if it was compiled before."""
+        import openvino as ov
+
+        key = {
+            "shape": list(shape),
+            "settings": self._settings,
+            "openvino": ov.get_version(),
+            "processor": self._core.get_property("CPU", "FULL_DEVICE_NAME"),
+            "capabilities": sorted(self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")),
+            "revision": _GRAPH_REVISION,
+        }
+        if (blob := self._cache.load(key)) is not None:
+            try:
+                return self._core.import_model(blob, "CPU", self._settings)
+            except RuntimeError:
+                self._cache.forget(key)
+        if self._model is None:
+            self._model = self._core.read_model(self.path)
+        model = self._model.clone()
+        model.reshape({model.input(0): list(shape)})
+        compiled = self._core.compile_model(_with_float_heads(model), "CPU", self._settings)
+        self._cache.store(key, compiled.export_model().getvalue())
+        return compiled
+
     def _release(self) -> None:
         with self._lock:
             self._compiled.clear()
             self._model = None
+
+
+def _precision(asked: Precision | None, preferred: str) -> Precision:
+    """What to compute in. `preferred` is the plugin's own choice: bf16 where the processor has instructions for it.
+
+    UsageError for bf16 without them: it would be computed, but slower than float32.
+    """
+    has_bf16 = "bf" in preferred
+    if asked == "bf16" and not has_bf16:
+        raise UsageError("--precision bf16: this processor has no instructions for it (avx512_bf16 or amx_bf16)")
+    return asked or ("bf16" if has_bf16 else "fp32")
+
+
+def _with_float_heads(model: openvino.Model) -> openvino.Model:
+    """The model, its heads leaving their last convolution in float32 whatever it computes in.
+
+    In bf16 the plugin would round the raw heads to 8 bits, by which boxes move a pixel and more. It sums in
+    float32 all the same, and an elementwise operation that is fused into a convolution decides its output's
+    type; those after the last convolution keep float32. So each head gets a clamp to all of float32.
+    """
+    import openvino.opset13 as ops
+
+    for result in model.get_results():
+        last, node = None, result.input_value(0).get_node()
+        while node.get_type_name() in ("Transpose", "Reshape", "Convert"):
+            last, node = node, node.input_value(0).get_node()
+        if last is None or node.get_type_name() not in ("Add", "Convolution"):
+            continue  # no head of ours; it stays as it is
+        source = last.input_value(0)
+        readers = list(source.get_target_inputs())
+        clamped = ops.clamp(source, -_WIDEST, _WIDEST).output(0)
+        for reader in readers:
+            reader.replace_source_output(clamped)
+    return model
 
 
 def streams_for(threads: int) -> int:

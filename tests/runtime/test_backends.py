@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from parkdet.runtime.backends import BACKEND_NAMES, open_backend
+from parkdet.runtime.backends import compiled_cache, open_backend
 from parkdet.runtime.backends.base import available_cpus
 from parkdet.runtime.backends.onnx_file import read_onnx_metadata
 from parkdet.runtime.backends.onnxruntime import check_provider
@@ -21,21 +21,22 @@ from parkdet.runtime.errors import ArtifactError, UsageError
 from parkdet.runtime.model_spec import SPEC_KEY
 
 Model = Any
+ON_THE_CPU = ("openvino", "onnxruntime")
 
 
 def _canvases(shape: tuple[int, int, int], seed: int = 0) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return np.random.default_rng(seed).integers(0, 256, (*shape, 3), dtype=np.uint8)
 
 
-@pytest.mark.parametrize("name", BACKEND_NAMES)
+@pytest.mark.parametrize("name", ON_THE_CPU)
 @pytest.mark.parametrize("goal", ["throughput", "latency"])
 @pytest.mark.parametrize("shape", [(1, 16, 16), (3, 96, 64), (2, 64, 112)])
 def test_heads_equal_plain_numpy(tiny_model: Model, tiny_onnx: Path, name: str, goal: Any, shape: Any) -> None:
     canvases = _canvases(shape)
-    with open_backend(tiny_onnx, name, goal=goal) as backend:
+    with open_backend(tiny_onnx, name, goal=goal, precision="fp32") as backend:
         heads = backend.infer(canvases)
         assert (backend.name, backend.spec, backend.fixed_input) == (name, tiny_model.spec, (None, None, None))
-    # float32 sums of 768 products; bfloat16, which OpenVINO would choose by itself, is off by 0.05.
+    # float32 sums of 768 products; in bf16 they are off by 0.05.
     for head, expected in zip(heads, tiny_model.heads(canvases), strict=True):
         assert head.dtype == np.float32
         assert head.shape == expected.shape
@@ -52,10 +53,10 @@ def test_an_image_gets_the_same_bits_in_any_batch_with_any_threads(tiny_onnx: Pa
         np.testing.assert_array_equal(np.concatenate([heads[level] for heads in single]), together[level])
 
 
-@pytest.mark.parametrize("name", BACKEND_NAMES)
+@pytest.mark.parametrize("name", ON_THE_CPU)
 def test_threads_may_call_at_once_and_results_stay_apart(tiny_model: Model, tiny_onnx: Path, name: str) -> None:
     batches = [_canvases((1, 32 + 16 * (i % 3), 64), seed=i) for i in range(24)]
-    with open_backend(tiny_onnx, name) as backend, ThreadPoolExecutor(6) as pool:
+    with open_backend(tiny_onnx, name, precision="fp32") as backend, ThreadPoolExecutor(6) as pool:
         results = list(pool.map(backend.infer, batches))
     for heads, canvases in zip(results, batches, strict=True):
         np.testing.assert_allclose(heads[1], tiny_model.heads(canvases)[1], atol=1e-4)
@@ -69,13 +70,13 @@ def test_compiled_models_are_bounded(tiny_onnx: Path) -> None:
         assert len(backend._compiled) == MAX_COMPILED
 
 
-@pytest.mark.parametrize("name", BACKEND_NAMES)
+@pytest.mark.parametrize("name", ON_THE_CPU)
 def test_a_graph_of_fixed_size_runs_in_portions_and_refuses_other_canvases(
     tiny_model: Model, tmp_path: Path, name: str
 ) -> None:
     path = tiny_model.save(tmp_path / "fixed.onnx", fixed=(2, 64, 96))
     canvases = _canvases((5, 64, 96))
-    with open_backend(path, name) as backend:
+    with open_backend(path, name, precision="fp32") as backend:
         assert backend.fixed_input == (2, 64, 96)
         for head, expected in zip(backend.infer(canvases), tiny_model.heads(canvases), strict=True):
             np.testing.assert_allclose(head, expected, atol=1e-4)
@@ -100,7 +101,7 @@ def test_an_openvino_folder_opens_with_its_spec(tiny_model: Model, tiny_onnx: Pa
     ov.save_model(ov.Core().read_model(tiny_onnx), folder / "tiny.xml", compress_to_fp16=False)
     canvases = _canvases((1, 48, 64))
     for path in (folder, folder / "tiny.xml"):
-        with open_backend(path) as backend:
+        with open_backend(path, precision="fp32") as backend:
             assert backend.spec == tiny_model.spec
             np.testing.assert_allclose(backend.infer(canvases)[0], tiny_model.heads(canvases)[0], atol=1e-4)
     with pytest.raises(UsageError, match=r"'onnxruntime' does not read '\.xml'"):
@@ -120,17 +121,25 @@ def test_what_the_caller_names_wrongly_is_a_usage_error(tiny_onnx: Path, tmp_pat
     with pytest.raises(UsageError, match="parkdet export --weights"):
         open_backend(tmp_path / "best.pt")
     (tmp_path / "best.h5").touch()
-    with pytest.raises(UsageError, match=r"'\.h5'.*\.onnx \(openvino, onnxruntime\), \.xml"):
+    with pytest.raises(UsageError, match=r"'\.h5'.*\.onnx \(openvino, onnxruntime.*\), \.xml"):
         open_backend(tmp_path / "best.h5")
     with pytest.raises(UsageError, match="'tensorflow' is not one of openvino, onnxruntime"):
         open_backend(tiny_onnx, "tensorflow")
-    with pytest.raises(UsageError, match="device 'cuda'"):
-        open_backend(tiny_onnx, device="cuda")
+    with pytest.raises(UsageError, match="device 'tpu'"):
+        open_backend(tiny_onnx, device="tpu")
+    with pytest.raises(UsageError, match=r"openvino does not run on device 'cuda:0'; onnxruntime.* does"):
+        open_backend(tiny_onnx, "openvino", device="cuda")
+    with pytest.raises(UsageError, match=r"onnxruntime-tensorrt does not run on device 'cpu'"):
+        open_backend(tiny_onnx, "onnxruntime-tensorrt", device="cpu")
+    with pytest.raises(UsageError, match="fp64"):
+        open_backend(tiny_onnx, precision="fp64")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="computes a graph as it is stored"):
+        open_backend(tiny_onnx, "onnxruntime", precision="bf16")
     with pytest.raises(UsageError, match="threads"):
         open_backend(tiny_onnx, threads=0)
 
 
-@pytest.mark.parametrize("name", BACKEND_NAMES)
+@pytest.mark.parametrize("name", ON_THE_CPU)
 def test_a_damaged_file_is_an_artifact_error_without_noise(
     tiny_onnx: Path, tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -154,7 +163,7 @@ def test_a_damaged_file_is_an_artifact_error_without_noise(
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("name", BACKEND_NAMES)
+@pytest.mark.parametrize("name", ON_THE_CPU)
 def test_a_graph_that_breaks_the_contract_is_refused(tiny_model: Model, tmp_path: Path, name: str) -> None:
     with pytest.raises(ArtifactError, match=r"does not describe itself.*parkdet export"):
         open_backend(tiny_model.save(tmp_path / "bare.onnx", spec=False), name)
@@ -178,13 +187,110 @@ def test_metadata_equals_what_the_onnx_library_reads(tiny_onnx: Path) -> None:
 
 
 def test_a_session_on_another_provider_is_refused(tiny_onnx: Path) -> None:
-    check_provider(tiny_onnx, ["CPUExecutionProvider"])
+    check_provider(tiny_onnx, ["CPUExecutionProvider"], "CPUExecutionProvider")
     with pytest.raises(ArtifactError, match="CPUExecutionProvider instead of CUDAExecutionProvider"):
         check_provider(tiny_onnx, ["CPUExecutionProvider"], "CUDAExecutionProvider")
 
 
+@pytest.mark.parametrize(
+    ("name", "device", "provider"),
+    [("onnxruntime", "1", "CUDAExecutionProvider"), ("onnxruntime-tensorrt", None, "TensorrtExecutionProvider")],
+)
+def test_a_provider_that_falls_back_to_the_cpu_is_refused(
+    tiny_onnx: Path, monkeypatch: pytest.MonkeyPatch, name: str, device: str | None, provider: str
+) -> None:
+    import onnxruntime
+
+    if provider not in onnxruntime.get_available_providers():
+        with pytest.raises(UsageError, match=f"has no {provider}"):
+            open_backend(tiny_onnx, name, device)
+    # A package that lists the provider, on a machine without a GPU: the library opens the session on the CPU.
+    real, asked = onnxruntime.InferenceSession, []
+
+    def open_on_the_cpu(path: str, options: Any, providers: list[tuple[str, dict[str, str]]]) -> Any:
+        asked.extend(providers)
+        return real(path, options, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [provider, "CPUExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", open_on_the_cpu)
+    with pytest.raises(ArtifactError, match=f"CPUExecutionProvider instead of {provider}"):
+        open_backend(tiny_onnx, name, device)
+    assert asked[0] == (provider, {"device_id": device or "0"})
+
+
+def test_bf16_is_refused_where_the_processor_lacks_it_and_its_heads_are_float32(
+    tiny_model: Model, tiny_onnx: Path
+) -> None:
+    canvases = _canvases((1, 96, 64))
+    with open_backend(tiny_onnx) as default:
+        has_bf16 = default.precision == "bf16"
+    if not has_bf16:
+        with pytest.raises(UsageError, match="avx512_bf16"):
+            open_backend(tiny_onnx, "openvino", precision="bf16")
+        pytest.skip("this processor does not compute in bf16")
+    with open_backend(tiny_onnx, precision="bf16") as backend:
+        heads = backend.infer(canvases)
+    for head, expected in zip(heads, tiny_model.heads(canvases), strict=True):
+        np.testing.assert_allclose(head, expected, atol=0.2)  # products of 8 bits, summed over up to 768
+        # Rounded to bf16, the lower half of every number would be zeros.
+        assert np.mean(head.view(np.uint32) & 0xFFFF != 0) > 0.99
+
+
+def test_a_compiled_graph_is_taken_from_the_cache_and_a_damaged_one_is_made_again(
+    tiny_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path, canvases = tiny_model.save(tmp_path / "a.onnx"), _canvases((1, 32, 48))
+    heads = []
+
+    def run() -> None:
+        with open_backend(path, "openvino") as backend:
+            heads.append(backend.infer(canvases))
+
+    run()
+    (kept,) = compiled_cache.cache_folder().iterdir()
+    first = kept.stat().st_mtime_ns
+    stored: list[bytes] = []
+    real = compiled_cache.CompiledCache.store
+
+    def store(cache: compiled_cache.CompiledCache, key: dict[str, Any], blob: bytes) -> None:
+        stored.append(blob)
+        real(cache, key, blob)
+
+    monkeypatch.setattr(compiled_cache.CompiledCache, "store", store)
+    run()
+    assert not stored
+    assert kept.stat().st_mtime_ns > first  # the least recently used goes first
+    for damage in (kept.read_bytes()[:-7], b"", kept.read_bytes()[:-1] + b"x"):
+        kept.write_bytes(damage)
+        run()
+        assert stored.pop()
+        assert [*compiled_cache.cache_folder().iterdir()] == [kept]
+    with open_backend(path, "openvino", precision="fp32") as backend:
+        backend.infer(canvases)
+        backend.infer(_canvases((2, 32, 48)))
+    assert len([*compiled_cache.cache_folder().iterdir()]) in (2, 3)  # 2 where fp32 is all that there is
+    for other in heads[1:]:
+        np.testing.assert_array_equal(other[0], heads[0][0])
+    monkeypatch.setattr(compiled_cache, "MAX_BYTES", 4 * kept.stat().st_size)
+    for height in (64, 80, 96):
+        with open_backend(path, "openvino") as backend:
+            backend.infer(_canvases((1, height, 48)))
+    assert 1 <= len([*compiled_cache.cache_folder().iterdir()]) <= 4
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(
+    tiny_model: Model, tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    canvases = _canvases((1, 32, 48))
+    with open_backend(tiny_onnx, "openvino", precision="fp32") as backend:
+        np.testing.assert_allclose(backend.infer(canvases)[0], tiny_model.heads(canvases)[0], atol=1e-4)
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="CPU sets are Linux's")
-@pytest.mark.parametrize("name", BACKEND_NAMES)
+@pytest.mark.parametrize("name", ON_THE_CPU)
 def test_threads_keep_to_the_cpu_set_of_the_process(tiny_onnx: Path, name: str) -> None:
     program = (
         "import os, sys\n"

@@ -31,7 +31,7 @@ def test_detections_are_those_of_the_model_in_image_pixels(
     tiny_model: Any, tiny_onnx: Path, picture: Picture, backend: str, image_hw: tuple[int, int]
 ) -> None:
     image = picture(*image_hw)
-    with Detector(tiny_onnx, conf=0.05, backend=backend) as detector:
+    with Detector(tiny_onnx, conf=0.05, backend=backend, precision="fp32") as detector:
         found = detector(image)
     letterbox = Letterbox.fit(image_hw, 96, 16)
     decoded = decode_heads(tiny_model.heads(letterbox.apply(image)[None]), tiny_model.spec)[0]

@@ -27,6 +27,7 @@ class HeadsBackend:
 
     name = "numpy"
     path = Path("tiny")
+    precision = "fp32"
     parallel = 2
     fixed_input: tuple[int | None, int | None, int | None] = (None, None, None)
 

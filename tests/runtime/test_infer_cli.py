@@ -68,7 +68,7 @@ def test_predictions_of_a_data_set_land_in_the_run_folder(infer: RunCli, data: P
 
 def test_both_backends_find_the_same(infer: RunCli, data: Path, tmp_path: Path) -> None:
     for name in ("openvino", "onnxruntime"):
-        assert infer("--data", data, "--backend", name, "--name", name)[0] == 0
+        assert infer("--data", data, "--backend", name, "--precision", "fp32", "--name", name)[0] == 0
     one, other = (read_predictions(tmp_path / "runs" / name) for name in ("openvino", "onnxruntime"))
     assert one["image_id"].equals(other["image_id"])
     assert (one["score"] - other["score"]).abs().max() < 1e-4  # type: ignore[operator]
@@ -209,7 +209,7 @@ def test_usage_errors_exit_2_and_make_no_folder(infer: RunCli, run_cli: RunCli, 
         (infer("--data", tmp_path / "none"), "none"),
         (infer("--source", empty), "holds no images"),
         (infer("--data", data, "--backend", "caffe"), "'caffe' is not one of openvino, onnxruntime"),
-        (infer("--data", data, "--device", "cuda"), "device 'cuda'"),
+        (infer("--data", data, "--device", "tpu"), "device 'tpu'"),
         (infer("--data", data, "--conf-thres", "2"), "conf-thres"),
         (infer("--data", data, "--batch-size", "0"), "batch-size"),
         (infer("--data", data, "--fresh", "--exist-ok"), "one of the two"),

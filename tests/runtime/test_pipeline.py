@@ -31,6 +31,7 @@ class NumpyBackend:
 
     name = "numpy"
     path = Path("tiny")
+    precision = "fp32"
 
     def __init__(self, model: Any, parallel: int = 2, fixed: tuple[int | None, ...] = (None, None, None)) -> None:
         self.model = model
