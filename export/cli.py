@@ -33,6 +33,9 @@ def parse_canvas(_context: click.Context, _parameter: click.Parameter, value: st
     "--canvas", callback=parse_canvas, metavar="HxW", help="Fix the canvas, such as 896x1600.  [default: any]"
 )
 @click.option("--batch-size", type=click.IntRange(1, 1024), help="Fix the batch.  [default: any]")
+@click.option(
+    "--tta", is_flag=True, help="The graph makes the three test-time views itself and gives the heads of each."
+)
 @click.option("--backend", type=click.Choice(["openvino", "onnxruntime"]), help="What the gate runs the graph with.")
 def export(
     weights: Path,
@@ -41,6 +44,7 @@ def export(
     imgsz: int | None,
     canvas: tuple[int, int] | None,
     batch_size: int | None,
+    tta: bool,
     backend: str | None,
 ) -> None:
     """Export a checkpoint to ONNX and prove that its detections are the checkpoint's.
@@ -48,13 +52,13 @@ def export(
     The graph takes uint8 BGR images (B, H, W, 3) as OpenCV decodes them and gives the raw heads; the model spec
     is in its metadata. Where the detections differ, the graph is kept under `.rejected` and the exit code is 3.
     """
-    from parkdet.export.config import ExportOptions
+    from parkdet.export.config import ExportOptions, GraphOptions
     from parkdet.export.exporter import export_onnx
     from parkdet.runtime.terminal import quiet_decoders
 
     options = ExportOptions(
-        weights=weights, output=output, calibration=calibration, imgsz=imgsz,
-        canvas_hw=canvas, batch=batch_size, backend=backend,
+        weights=weights, output=output, calibration=calibration, imgsz=imgsz, backend=backend,
+        graph=GraphOptions(tta=tta, canvas_hw=canvas, batch=batch_size),
     )  # fmt: skip
     with quiet_decoders():
         artifact = export_onnx(options, say=lambda line: click.echo(line, err=True))

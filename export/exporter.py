@@ -44,7 +44,7 @@ def export_onnx(options: ExportOptions, say: Say) -> Path:
     say(f"exporting {options.weights}, {network.parameter_count():,} parameters")
 
     started = time.perf_counter()
-    model = build_graph(network, options.canvas_hw, options.batch)
+    model = build_graph(network, options.graph)
     rejected = output.with_suffix(".onnx.rejected")
     # Until the gate has passed the graph bears the name that warns of it.
     pending = output.with_name(f".{output.stem}.pending.onnx")
@@ -76,7 +76,7 @@ def _prove(
 ) -> ParityReport:
     with open_backend(graph, options.backend, precision="fp32") as backend:
         say(f"gate: {backend.name} against torch, both float32 ...")
-        return compare(checkpoint.model, backend.infer, images)
+        return compare(checkpoint.model, backend.infer, images, options.graph.tta)
 
 
 def _gate_images(options: ExportOptions, checkpoint: Checkpoint) -> tuple[Iterator[ImageArray], str]:
@@ -85,10 +85,10 @@ def _gate_images(options: ExportOptions, checkpoint: Checkpoint) -> tuple[Iterat
     trained_on = checkpoint.training.get("images_folder")
     if options.calibration is not None:
         paths = calibration_paths(options.calibration)
-        return _read(paths, spec, options.canvas_hw), f"images of {options.calibration}"
+        return _read(paths, spec, options.graph.canvas_hw), f"images of {options.calibration}"
     if trained_on and Path(trained_on).is_dir() and any(Path(trained_on).iterdir()):
-        return _read(calibration_paths(Path(trained_on)), spec, options.canvas_hw), f"images of {trained_on}"
-    drawn = generated_canvases(spec, options.canvas_hw)
+        return _read(calibration_paths(Path(trained_on)), spec, options.graph.canvas_hw), f"images of {trained_on}"
+    drawn = generated_canvases(spec, options.graph.canvas_hw)
     return iter(drawn), "drawn images (name a folder of your own with --calibration)"
 
 

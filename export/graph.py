@@ -1,4 +1,4 @@
-"""Checkpoint to ONNX: uint8 BGR canvases in, raw heads out, the model spec in the metadata."""
+"""Checkpoint to ONNX: canvases in, raw heads (or boxes) out, the model spec in the metadata."""
 
 from __future__ import annotations
 
@@ -13,89 +13,120 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from parkdet.runtime.errors import UsageError
+from parkdet.export.config import GraphOptions
+from parkdet.export.decode import decoded_boxes
 from parkdet.runtime.model_spec import SPEC_KEY, ModelSpec, TensorSpec
+from parkdet.runtime.views import head_sources
 from parkdet.train.model.network import Yolov5
+from parkdet.train.model.tta import view_heads
 
 if TYPE_CHECKING:
     import onnx
 
 OPSET = 20
 INPUT_NAME = "images"
+DECODED_NAME = "output0"
+"""What YOLOv5's own export calls it: the tools that expect decoded boxes look for this name."""
 
 
 class GraphSource(nn.Module):
-    """What is exported: the fused network behind the conversion from OpenCV's pixels."""
+    """What is exported: the fused network behind the conversion from the caller's pixels."""
 
-    def __init__(self, network: Yolov5):
+    def __init__(self, network: Yolov5, options: GraphOptions):
         super().__init__()
+        self.options = options
         self.network = network.fused().float()
-        with torch.no_grad():
-            # OpenCV decodes to BGR, the network was trained on RGB: reversing the weights costs nothing.
-            self.network.first_conv.weight.copy_(self.network.first_conv.weight.flip(1))
+        if options.input_format == "uint8-nhwc":
+            with torch.no_grad():
+                # OpenCV decodes to BGR, the network was trained on RGB: reversing the weights costs nothing.
+                self.network.first_conv.weight.copy_(self.network.first_conv.weight.flip(1))
 
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """uint8 (B, H, W, 3) BGR canvases to raw heads."""
-        # The cast stands before the transposition: TensorRT has no uint8 transposition.
-        heads: list[Tensor] = self.network(images.float().permute(0, 3, 1, 2) / 255)
+    def forward(self, images: Tensor) -> list[Tensor] | Tensor:
+        """Canvases as `input_format` says to raw heads, or to decoded boxes (B, N, 5 + nc)."""
+        canvas = images
+        if self.options.input_format == "uint8-nhwc":
+            # The cast stands before the transposition: TensorRT has no uint8 transposition.
+            canvas = images.float().permute(0, 3, 1, 2) / 255
+        heads: list[Tensor] = view_heads(self.network, canvas) if self.options.tta else self.network(canvas)
+        if self.options.head == "decoded":
+            return decoded_boxes(heads, self.network.spec, self.options.tta, canvas.shape[3])
         return heads
 
 
-def build_graph(network: Yolov5, canvas_hw: tuple[int, int] | None = None, batch: int | None = None) -> onnx.ModelProto:
+def build_graph(network: Yolov5, options: GraphOptions) -> onnx.ModelProto:
     """ONNX of a network: any canvas (multiples of the largest stride) and any batch unless they are given.
 
     UsageError where a side of the canvas is no multiple of the largest stride.
     """
     spec = network.spec
     stride = spec.stride_max
-    if canvas_hw is not None and any(side < stride or side % stride for side in canvas_hw):
-        raise UsageError(
-            f"a canvas of {canvas_hw[0]}x{canvas_hw[1]} cannot be: each side must be a multiple of {stride}"
-        )
-    height, width = canvas_hw or (4 * stride, 5 * stride)  # any size where the axes are dynamic
-    example = torch.zeros(batch or 2, height, width, 3, dtype=torch.uint8)
+    options.check(stride)
+    height, width = options.canvas_hw or (4 * stride, 5 * stride)  # any size where the axes are dynamic
+    batch = options.batch or 2
+    uint8 = options.input_format == "uint8-nhwc"
+    example = torch.zeros(batch, height, width, 3, dtype=torch.uint8) if uint8 else torch.zeros(batch, 3, height, width)
+    rows_axis = 1 if uint8 else 2
     axes: dict[int, object] = {}
-    if batch is None:
+    if options.batch is None:
         axes[0] = torch.export.Dim("batch", min=1, max=1024)
-    if canvas_hw is None:
-        axes[1] = stride * torch.export.Dim("rows", min=1, max=1024)
-        axes[2] = stride * torch.export.Dim("columns", min=1, max=1024)
-    names = [f"head{level}" for level in range(len(spec.strides))]
+    if options.canvas_hw is None:
+        axes[rows_axis] = stride * torch.export.Dim("rows", min=1, max=1024)
+        axes[rows_axis + 1] = stride * torch.export.Dim("columns", min=1, max=1024)
+    described = described_spec(spec, options)
     with _quiet():
         program = torch.onnx.export(
-            GraphSource(network).eval(),
+            GraphSource(network, options).eval(),
             (example,),
             dynamo=True,
             opset_version=OPSET,
             input_names=[INPUT_NAME],
-            output_names=names,
+            output_names=[tensor.name for tensor in described.outputs],
             dynamic_shapes={"images": axes} if axes else None,
         )
     assert program is not None
     model = program.model_proto
-    _describe(model, spec, canvas_hw, batch)
+    _describe(model, described)
     return model
 
 
-def _describe(model: onnx.ModelProto, spec: ModelSpec, canvas_hw: tuple[int, int] | None, batch: int | None) -> None:
-    """Replace the exporter's metadata by the spec with the graph's inputs and outputs in it."""
+def described_spec(spec: ModelSpec, options: GraphOptions) -> ModelSpec:
+    """The spec of a graph: the checkpoint's, with what the graph takes and returns."""
+    batch = options.batch or -1
+    canvas_hw = options.canvas_hw
     rows, columns = canvas_hw or (-1, -1)
-    outputs = tuple(
-        TensorSpec(
-            name=f"head{level}",
-            dtype="float32",
-            shape=(
-                batch or -1,
-                spec.anchors_per_cell,
-                rows // stride if canvas_hw else -1,
-                columns // stride if canvas_hw else -1,
-                spec.num_outputs,
-            ),
+    if options.input_format == "uint8-nhwc":
+        images = TensorSpec(name=INPUT_NAME, dtype="uint8", shape=(batch, rows, columns, 3))
+    else:
+        images = TensorSpec(name=INPUT_NAME, dtype="float32", shape=(batch, 3, rows, columns))
+    sources = head_sources(len(spec.strides), options.tta)
+    grids = [
+        tuple(source.view.padded(side, spec.stride_max) // spec.strides[source.level] for side in canvas_hw)
+        if canvas_hw
+        else (-1, -1)
+        for source in sources
+    ]
+    outputs: tuple[TensorSpec, ...]
+    if options.head == "decoded":
+        boxes = sum(spec.anchors_per_cell * h * w for h, w in grids) if canvas_hw else -1
+        outputs = (TensorSpec(name=DECODED_NAME, dtype="float32", shape=(batch, boxes, spec.num_outputs)),)
+    else:
+        outputs = tuple(
+            TensorSpec(name=source.name, dtype="float32", shape=(batch, spec.anchors_per_cell, *grid, spec.num_outputs))
+            for source, grid in zip(sources, grids, strict=True)
         )
-        for level, stride in enumerate(spec.strides)
+    return dataclasses.replace(
+        spec,
+        precision=options.precision,
+        tta=options.tta,
+        input_format=options.input_format,
+        head=options.head,
+        inputs=(images,),
+        outputs=outputs,
     )
-    images = TensorSpec(name=INPUT_NAME, dtype="uint8", shape=(batch or -1, rows, columns, 3))
-    described = dataclasses.replace(spec, inputs=(images,), outputs=outputs)
+
+
+def _describe(model: onnx.ModelProto, spec: ModelSpec) -> None:
+    """Replace the exporter's metadata by the spec."""
     # The exporter's notes hold file names and stack traces of the machine that exported.
     for node in model.graph.node:
         del node.metadata_props[:]
@@ -105,7 +136,7 @@ def _describe(model: onnx.ModelProto, spec: ModelSpec, canvas_hw: tuple[int, int
     for tensor in model.graph.initializer:
         del tensor.metadata_props[:]
     del model.graph.metadata_props[:], model.metadata_props[:]
-    model.metadata_props.add(key=SPEC_KEY, value=described.to_json())
+    model.metadata_props.add(key=SPEC_KEY, value=spec.to_json())
     model.producer_name = "parkdet"
     model.producer_version = ""
     model.graph.doc_string = model.doc_string = ""

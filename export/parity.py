@@ -18,6 +18,7 @@ from parkdet.runtime.heads import decode_candidates
 from parkdet.runtime.model_spec import ModelSpec
 from parkdet.runtime.nms import NmsSettings, RankedCandidates, greedy, rank
 from parkdet.train.model.network import Yolov5
+from parkdet.train.model.tta import view_heads
 
 MATCH_SCORE = 0.1
 """Detections from this score on must have a partner."""
@@ -102,27 +103,31 @@ class ParityReport:
         }
 
 
-def torch_heads(network: Yolov5) -> Heads:
-    """The checkpoint's own forward pass in float32, from the pixels that OpenCV decodes."""
+def torch_heads(network: Yolov5, tta: bool = False) -> Heads:
+    """The checkpoint's own forward pass in float32, from the pixels that OpenCV decodes; of each view with `tta`."""
     model = network.float().eval()
 
     @torch.no_grad()
     def heads(canvases: ImageArray) -> list[FloatArray]:
         rgb = np.ascontiguousarray(canvases[..., ::-1].transpose(0, 3, 1, 2))
-        return [head.numpy() for head in model(torch.from_numpy(rgb).float() / 255)]
+        images = torch.from_numpy(rgb).float() / 255
+        return [head.numpy() for head in (view_heads(model, images) if tta else model(images))]
 
     return heads
 
 
-def compare(network: Yolov5, candidate: Heads, canvases: Iterator[ImageArray] | Sequence[ImageArray]) -> ParityReport:
+def compare(
+    network: Yolov5, candidate: Heads, canvases: Iterator[ImageArray] | Sequence[ImageArray], tta: bool = False
+) -> ParityReport:
     """Run both over the canvases (H, W, 3), match their detections one to one, and report."""
-    reference = torch_heads(network)
+    reference = torch_heads(network, tta)
+    spec = dataclasses.replace(network.spec, tta=tta)
     tally = _Tally()
     for canvas in canvases:
         wanted, found = reference(canvas[None]), candidate(canvas[None])
         tally.add(
-            Side.of(wanted, network.spec),
-            Side.of(found, network.spec),
+            Side.of(wanted, spec),
+            Side.of(found, spec),
             max(_difference(np.asarray(a), np.asarray(b)) for a, b in zip(wanted, found, strict=True)),
         )
     return tally.report()

@@ -1,6 +1,7 @@
 """From the network's raw heads to boxes: the first implementation of the specification's 'Heads'.
 
-Shapes: B images, na anchors a cell, h x w cells, nc classes, N = sum of na * h * w over the levels.
+Shapes: B images, na anchors a cell, h x w cells, nc classes, N = sum of na * h * w over the heads. There is a head a
+level; with test-time augmentation (`spec.tta`) one a view and kept level, in the order of `views.head_sources`.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from numpy.typing import NDArray
 
 from parkdet.runtime.geometry import FloatArray
 from parkdet.runtime.model_spec import ModelSpec
+from parkdet.runtime.views import TTA_VIEWS, View, head_sources
 
 RawHead = NDArray[np.floating[Any]]
-"""One level's raw output, (B, na, h, w, 5 + nc): x, y, w, h, objectness, classes before the sigmoid."""
+"""One level's raw output of one view, (B, na, h, w, 5 + nc): x, y, w, h, objectness, classes before the sigmoid."""
 
 
 def sigmoid(raw: NDArray[np.floating[Any]]) -> FloatArray:
@@ -28,30 +30,49 @@ def sigmoid(raw: NDArray[np.floating[Any]]) -> FloatArray:
 
 
 def check_heads(heads: Sequence[RawHead], spec: ModelSpec) -> None:
-    """ValueError unless there is one head a level, each (B, na, h, w, 5 + nc) with the same B."""
-    if len(heads) != len(spec.strides):
-        raise ValueError(f"{len(heads)} heads do not go with the {len(spec.strides)} levels of the model spec")
-    for level, head in enumerate(heads):
+    """ValueError unless the heads are those of the spec, each (B, na, h, w, 5 + nc) with the same B."""
+    sources = head_sources(len(spec.strides), spec.tta)
+    if len(heads) != len(sources):
+        of_views = f" in {len(TTA_VIEWS)} test-time views" if spec.tta else ""
+        raise ValueError(
+            f"{len(heads)} heads do not go with the {len(spec.strides)} levels of the model spec{of_views}"
+        )
+    for index, head in enumerate(heads):
         expected = (heads[0].shape[0], spec.anchors_per_cell, spec.num_outputs)
         if head.ndim != 5 or (head.shape[0], head.shape[1], head.shape[4]) != expected:
-            raise ValueError(f"head {level} is {head.shape}, not ({expected[0]}, {expected[1]}, h, w, {expected[2]})")
+            raise ValueError(f"head {index} is {head.shape}, not ({expected[0]}, {expected[1]}, h, w, {expected[2]})")
+    if not spec.tta:
+        return
+    canvas_hw = canvas_of_heads(heads, spec)
+    for source, head in zip(sources, heads, strict=True):
+        stride = spec.strides[source.level]
+        cells = tuple(source.view.padded(side, spec.stride_max) // stride for side in canvas_hw)
+        if head.shape[2:4] != cells:
+            raise ValueError(
+                f"{source.name} has {head.shape[2]} x {head.shape[3]} cells; of a canvas of {canvas_hw[0]} x "
+                f"{canvas_hw[1]} it has {cells[0]} x {cells[1]}"
+            )
+
+
+def canvas_of_heads(heads: Sequence[RawHead], spec: ModelSpec) -> tuple[int, int]:
+    """Height and width in pixels of the canvas that heads come from: the first one is the full view's finest."""
+    return heads[0].shape[2] * spec.strides[0], heads[0].shape[3] * spec.strides[0]
 
 
 def decode_heads(heads: Sequence[RawHead], spec: ModelSpec) -> FloatArray:
     """Decode raw heads to (B, N, 5 + nc) float32: cx, cy, w, h in canvas pixels, objectness, class scores.
 
-    The order is level, anchor, row, column. ValueError where the heads do not fit the spec.
+    The order is view (with `spec.tta`), level, anchor, row, column. ValueError where the heads do not fit the spec.
     Source: the YOLOv5 v6 Detect layer; the formulas stand in the project's specification.
     """
     arrays = [np.asarray(head) for head in heads]
     check_heads(arrays, spec)
     decoded = []
-    for level, head in enumerate(arrays):
+    for head, geometry in zip(arrays, _geometries(arrays, spec), strict=True):
         batch, anchors, rows, columns, channels = head.shape
         values = sigmoid(head)
-        index = np.arange(anchors * rows * columns)
         flat = values.reshape(batch, -1, channels)
-        _decode_boxes(flat, index, _Level.of(spec, level, (rows, columns)))
+        _decode_boxes(flat, np.arange(anchors * rows * columns), geometry)
         decoded.append(flat)
     return np.concatenate(decoded, axis=1)
 
@@ -76,9 +97,8 @@ def decode_candidates(heads: Sequence[RawHead], spec: ModelSpec, conf: float) ->
     batch = arrays[0].shape[0]
     parts: list[list[Candidates]] = [[] for _ in range(batch)]
     first = 0
-    for level, head in enumerate(arrays):
+    for head, geometry in zip(arrays, _geometries(arrays, spec), strict=True):
         _, anchors, rows, columns, channels = head.shape
-        geometry = _Level.of(spec, level, (rows, columns))
         flat = head.reshape(batch, -1, channels)
         for image in range(batch):
             index = np.flatnonzero(sigmoid(flat[image, :, 4]) > np.float32(conf))
@@ -96,24 +116,40 @@ def decode_candidates(heads: Sequence[RawHead], spec: ModelSpec, conf: float) ->
 
 
 @dataclass(frozen=True, slots=True)
-class _Level:
+class _HeadGeometry:
     grid_hw: tuple[int, int]
     stride: int
     anchors_wh: FloatArray
-
-    @classmethod
-    def of(cls, spec: ModelSpec, level: int, grid_hw: tuple[int, int]) -> _Level:
-        return cls(grid_hw, spec.strides[level], np.array(spec.anchors[level], np.float32))
+    view: View
+    canvas_width: int
 
 
-def _decode_boxes(values: FloatArray, index: NDArray[np.int64], level: _Level) -> None:
-    """Turn the first four of (..., K, 5 + nc) sigmoids into boxes in place.
+def _geometries(heads: Sequence[RawHead], spec: ModelSpec) -> list[_HeadGeometry]:
+    width = canvas_of_heads(heads, spec)[1]
+    return [
+        _HeadGeometry(
+            grid_hw=(head.shape[2], head.shape[3]),
+            stride=spec.strides[source.level],
+            anchors_wh=np.array(spec.anchors[source.level], np.float32),
+            view=source.view,
+            canvas_width=width,
+        )
+        for source, head in zip(head_sources(len(spec.strides), spec.tta), heads, strict=True)
+    ]
 
-    `index` (K,) counts anchor, row, column within the level.
+
+def _decode_boxes(values: FloatArray, index: NDArray[np.int64], head: _HeadGeometry) -> None:
+    """Turn the first four of (..., K, 5 + nc) sigmoids into boxes of the canvas in place.
+
+    `index` (K,) counts anchor, row, column within the head.
     """
-    rows, columns = level.grid_hw
+    rows, columns = head.grid_hw
     anchor, cell = np.divmod(index, rows * columns)
     row, column = np.divmod(cell, columns)
     grid = np.stack((column, row), axis=-1).astype(np.float32)
-    values[..., 0:2] = (values[..., 0:2] * 2 - 0.5 + grid) * np.float32(level.stride)
-    values[..., 2:4] = (values[..., 2:4] * 2) ** 2 * level.anchors_wh[anchor]
+    values[..., 0:2] = (values[..., 0:2] * 2 - 0.5 + grid) * np.float32(head.stride)
+    values[..., 2:4] = (values[..., 2:4] * 2) ** 2 * head.anchors_wh[anchor]
+    if head.view.percent != 100:
+        values[..., 0:4] /= np.float32(head.view.scale)
+    if head.view.mirrored:
+        values[..., 0] = np.float32(head.canvas_width) - values[..., 0]

@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from parkdet.runtime.errors import ArtifactError
 
 SPEC_KEY = "parkdet.spec"
 """Name under which the spec's JSON stands in ONNX metadata, OpenVINO runtime info and checkpoints."""
 SPEC_VERSION = 1
+
+Precision = Literal["fp32", "fp16", "int8"]
+InputFormat = Literal["uint8-nhwc", "float-nchw"]
+HeadKind = Literal["raw", "decoded", "plugin"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,10 +50,14 @@ class ModelSpec:
     """Which images validated: the arguments of `runtime.split.split_ids`. The defaults are the contest's,"""
     split_count: int | None = None
     """whose 3,000 become an eighth of a smaller data set."""
-    precision: str = "fp32"
-    """Precision of the weights as stored: fp32, fp16 or int8."""
+    precision: Precision = "fp32"
+    """Precision of the weights as stored."""
     tta: bool = False
-    """Whether the graph makes the three test-time views and returns the heads of each."""
+    """Whether the graph makes the three test-time views (`views.py`) and returns the heads of each."""
+    input_format: InputFormat = "uint8-nhwc"
+    """What the graph takes: BGR canvases as OpenCV decodes them, or RGB from 0 to 1 as other tools expect."""
+    head: HeadKind = "raw"
+    """What it returns: raw heads, decoded boxes (B, N, 5 + nc) float32, or the NMS plugin's four outputs."""
     inputs: tuple[TensorSpec, ...] = ()
     outputs: tuple[TensorSpec, ...] = ()
     checkpoint_sha256: str = ""
@@ -69,6 +77,13 @@ class ModelSpec:
             raise ValueError("every level must have the same number of anchors")
         if not (0 <= self.conf <= 1 and 0 <= self.iou <= 1 and self.max_det >= 1):
             raise ValueError(f"conf {self.conf}, iou {self.iou}, max_det {self.max_det} cannot be")
+        for name, value, allowed in (
+            ("precision", self.precision, get_args(Precision)),
+            ("input_format", self.input_format, get_args(InputFormat)),
+            ("head", self.head, get_args(HeadKind)),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} is one of {', '.join(allowed)}, not {value}")
         if self.imgsz < 1:
             raise ValueError(f"imgsz must be positive, not {self.imgsz}")
 

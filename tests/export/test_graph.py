@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from parkdet.export.canvases import generated_canvases
-from parkdet.export.config import ExportOptions
+from parkdet.export.config import ExportOptions, GraphOptions
 from parkdet.export.exporter import export_onnx
 from parkdet.export.graph import build_graph
 from parkdet.export.parity import LIMITS, Side, compare, pair, torch_heads
@@ -24,32 +24,12 @@ from parkdet.runtime.errors import GateError, UsageError
 from parkdet.runtime.model_spec import SPEC_KEY
 from parkdet.runtime.nms import RankedCandidates
 from parkdet.train import save_checkpoint
-from parkdet.train.model.network import Yolov5, build_network
-
-
-@pytest.fixture(scope="module")
-def network() -> Yolov5:
-    """Random weights whose heads are spread enough that there are detections of all scores."""
-    torch.manual_seed(1)
-    made = build_network("yolov5n6", ["a", "b", "c"], 320)
-    with torch.no_grad():
-        # Fresh weights hardly look at the image; these carry its signal to the heads.
-        for module in made.modules():
-            if isinstance(module, torch.nn.Conv2d):
-                torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-        made.train()
-        for _ in range(20):
-            made(torch.rand(4, 3, 1, 1) * torch.rand(4, 3, 128, 128))
-        for conv in made.head_convs:
-            assert conv.bias is not None
-            bias = conv.bias.view(3, -1)
-            bias[:, 4], bias[:, 5:] = -1.0, 1.0
-    return made.eval()
+from parkdet.train.model.network import Yolov5
 
 
 @pytest.fixture(scope="module")
 def graph(network: Yolov5) -> onnx.ModelProto:
-    return build_graph(network)
+    return build_graph(network, GraphOptions())
 
 
 def run(model: onnx.ModelProto, canvases: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
@@ -57,7 +37,7 @@ def run(model: onnx.ModelProto, canvases: np.ndarray[Any, Any]) -> list[np.ndarr
     return list(session.run(None, {"images": canvases}))
 
 
-@pytest.mark.parametrize("shape", [(1, 64, 64, 3), (2, 192, 256, 3), (3, 320, 128, 3)])
+@pytest.mark.parametrize("shape", [(1, 32, 32, 3), (2, 192, 256, 3), (3, 320, 128, 3)])
 def test_one_graph_serves_every_canvas_and_batch(
     network: Yolov5, graph: onnx.ModelProto, shape: tuple[int, ...]
 ) -> None:
@@ -92,12 +72,12 @@ def test_the_contract(network: Yolov5, graph: onnx.ModelProto) -> None:
 
 
 def test_a_fixed_canvas_and_batch(network: Yolov5) -> None:
-    model = build_graph(network, (128, 192), 2)
+    model = build_graph(network, GraphOptions(canvas_hw=(128, 192), batch=2))
     shape = [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim]
     assert shape == [2, 128, 192, 3]
     assert not any(node.op_type == "Shape" for node in model.graph.node)
-    with pytest.raises(UsageError, match="multiple of 64"):
-        build_graph(network, (100, 128), 1)
+    with pytest.raises(UsageError, match="multiple of 32"):
+        build_graph(network, GraphOptions(canvas_hw=(100, 128), batch=1))
 
 
 def test_equal_heads_pass_the_gate(network: Yolov5) -> None:
@@ -152,7 +132,7 @@ def test_the_file_bears_its_name_only_after_the_gate(
     weights = tmp_path / "best.pt"
     save_checkpoint(weights, network)
     said: list[str] = []
-    path = export_onnx(ExportOptions(weights=weights, canvas_hw=(192, 320)), said.append)
+    path = export_onnx(ExportOptions(weights=weights, graph=GraphOptions(canvas_hw=(192, 320))), said.append)
     assert path == tmp_path / "best.onnx"
     assert json.loads((tmp_path / "best.onnx.parity.json").read_text())["passed"]
     assert any("drawn images" in line for line in said)
@@ -165,15 +145,15 @@ def test_the_file_bears_its_name_only_after_the_gate(
     class Unswapped(graph_module.GraphSource):
         """Takes RGB where the contract says BGR."""
 
-        def __init__(self, network: Yolov5):
-            super().__init__(network)
+        def __init__(self, network: Yolov5, options: GraphOptions):
+            super().__init__(network, options)
             with torch.no_grad():
                 first = self.network.first_conv.weight
                 first.copy_(first.flip(1))
 
     monkeypatch.setattr(graph_module, "GraphSource", Unswapped)
     with pytest.raises(GateError, match=r"not the checkpoint's.*best\.onnx\.rejected"):
-        export_onnx(ExportOptions(weights=weights, canvas_hw=(192, 320)), said.append)
+        export_onnx(ExportOptions(weights=weights, graph=GraphOptions(canvas_hw=(192, 320))), said.append)
     assert path.read_bytes() == before
     assert (tmp_path / "best.onnx.rejected").exists()
     assert not json.loads((tmp_path / "best.onnx.rejected.parity.json").read_text())["passed"]

@@ -10,10 +10,11 @@ import torch
 
 from parkdet.runtime import decode_heads
 from parkdet.runtime.errors import ArtifactError, UsageError
+from parkdet.runtime.views import TTA_VIEWS
 from parkdet.train import DetectionLoss, forward_tta, load_checkpoint
 from parkdet.train.model.layout import rows_from_public
 from parkdet.train.model.network import build_network, level_strides, load_architecture
-from parkdet.train.model.tta import VIEWS, view_of
+from parkdet.train.model.tta import view_of
 
 FIXTURE = "yolov5n6_nc14_official"
 
@@ -143,7 +144,7 @@ def test_folded_normalisation_computes_the_same() -> None:
 
 def test_views_have_the_sizes_of_the_specification() -> None:
     canvas = torch.rand(1, 3, 896, 1600)
-    views = [view_of(canvas, view, 64) for view in VIEWS]
+    views = [view_of(canvas, view, 64) for view in TTA_VIEWS]
     assert [tuple(view.shape[2:]) for view in views] == [(896, 1600), (768, 1344), (640, 1088)]
     # The second view is mirrored before it is scaled: its padding is on the right all the same.
     assert torch.all(views[1][..., int(1600 * 0.83) :] == 0.447)
