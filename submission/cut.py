@@ -3,12 +3,15 @@
 Detections are ordered by the score as the model gave it, not as it is written: what lies above the
 threshold is then in by either reading, and of detections whose written scores are equal the better
 ones stay. Detections of exactly the same score go by image, category, then row of the table.
+
+With `Prices` what a detection's bytes buy comes first and its score second; within a class the order is
+still that of the scores, so every class has one threshold.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import polars as pl
@@ -17,8 +20,16 @@ from numpy.typing import NDArray
 from parkdet.runtime.contest import SUBMISSION_KEYS
 from parkdet.runtime.errors import GateError
 from parkdet.submission.lines import BRACKETS_BYTES, CHUNK_ROWS, COLUMNS, SubmissionFormat, quantised
+from parkdet.submission.prices import Prices
+
+HISTOGRAM_BINS = 50
+"""Equal bins of scores from 0 to 1 in which what was read is counted."""
+
+Batches = Callable[[], Iterable[pl.DataFrame]]
+"""Called once or twice; each time it gives the same tables in the same order."""
 
 _ROW = "row of the table"
+_LEVEL = "level of its price"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -26,7 +37,10 @@ class Fit:
     """What goes into the file, and how it came about."""
 
     threshold: float
-    """Every detection of a higher score is in; 0 where nothing was cut."""
+    """Every detection of a higher score is in (with prices: of those of the last price that still fitted); 0
+    where nothing was cut."""
+    class_thresholds: Mapping[int, float] = field(default_factory=dict)
+    """With prices, by category: every detection of a higher score is in. Empty where one threshold is for all."""
     kept: pl.DataFrame
     """The detections of the file in its order: by image, best score first."""
     size_bytes: int
@@ -36,12 +50,16 @@ class Fit:
     format: SubmissionFormat
     read_count: int
     """Detections of the table."""
+    read_by_category: Mapping[int, int]
+    """Detections of the table, by category id."""
+    score_counts: NDArray[np.int64]
+    """(HISTOGRAM_BINS,) detections of the table by score."""
     repeated_count: int = 0
-    """Left out because they would be written exactly like a better one (`fit_distinct`)."""
+    """Of those that came into question, left out because they would be written exactly like a better one."""
     without_area_count: int
     """Left out because the box's width or height is 0 once rounded (or was 0 or less before)."""
     tied_count: int
-    """Detections whose score is the threshold itself, where something was cut."""
+    """Detections at the threshold itself, where something was cut."""
     tied_kept_count: int
     """Those of them that still fitted."""
 
@@ -63,6 +81,7 @@ def fit(
     keys: Sequence[str] = SUBMISSION_KEYS,
     bbox_decimals: int = 1,
     score_decimals: int = 4,
+    prices: Prices | None = None,
 ) -> Fit:
     """The best-scored detections whose file is strictly smaller than `limit_bytes`.
 
@@ -71,34 +90,7 @@ def fit(
     out of range, or a number is not finite.
     """
     form = SubmissionFormat(keys=tuple(keys), bbox_decimals=bbox_decimals, score_decimals=score_decimals)
-    table = _typed(table)
-    if limit_bytes <= BRACKETS_BYTES:
-        raise GateError(
-            f"a limit of {limit_bytes} bytes is too small: an empty list takes {BRACKETS_BYTES} bytes and "
-            f"the file must be smaller than the limit; allow at least {BRACKETS_BYTES + 1}"
-        )
-    _require_numbers(table, form)
-    rows = table.with_row_index(_ROW).filter(pl.Series(has_area(table, form), dtype=pl.Boolean))
-    ordered = _best(rows, limit_bytes, form)
-    count, size = _prefix_that_fits(ordered, limit_bytes, form)
-
-    threshold, tied_count, tied_kept_count = 0.0, 0, 0
-    if count < rows.height:
-        threshold = float(ordered["score"][count])
-        tied_count = int((rows["score"] == threshold).sum())
-        tied_kept_count = int((ordered["score"][:count] == threshold).sum())
-    kept = ordered[:count].sort(["image_id", "score", "category_id", _ROW], descending=[False, True, False, False])
-    return Fit(
-        threshold=threshold,
-        kept=kept.drop(_ROW),
-        size_bytes=size,
-        limit_bytes=limit_bytes,
-        format=form,
-        read_count=table.height,
-        without_area_count=table.height - rows.height,
-        tied_count=tied_count,
-        tied_kept_count=tied_kept_count,
-    )
+    return _fit_once(lambda: [table], limit_bytes, form, prices, distinct=False)
 
 
 def fit_distinct(
@@ -108,14 +100,22 @@ def fit_distinct(
     keys: Sequence[str] = SUBMISSION_KEYS,
     bbox_decimals: int = 1,
     score_decimals: int = 4,
+    prices: Prices | None = None,
 ) -> Fit:
     """`fit` for a file that a judge reads: no detection in it twice, as small boxes can be once rounded."""
-    fitted = fit(table, limit_bytes, keys=keys, bbox_decimals=bbox_decimals, score_decimals=score_decimals)
-    if without_repeats(fitted.kept, fitted.format).height == fitted.kept_count:
+    form = SubmissionFormat(keys=tuple(keys), bbox_decimals=bbox_decimals, score_decimals=score_decimals)
+    return fit_batches(lambda: [table], limit_bytes, form, prices)
+
+
+def fit_batches(batches: Batches, limit_bytes: int, form: SubmissionFormat, prices: Prices | None = None) -> Fit:
+    """`fit_distinct` of a table that comes in parts: in memory are a part, and what may still fit.
+
+    Rows are numbered through all parts, so the outcome is that of the whole table.
+    """
+    fitted = _fit_once(batches, limit_bytes, form, prices, distinct=False)
+    if without_repeats(fitted.kept, form).height == fitted.kept_count:
         return fitted
-    distinct = without_repeats(table, fitted.format)
-    fitted = fit(distinct, limit_bytes, keys=keys, bbox_decimals=bbox_decimals, score_decimals=score_decimals)
-    return replace(fitted, read_count=table.height, repeated_count=table.height - distinct.height)
+    return _fit_once(batches, limit_bytes, form, prices, distinct=True)
 
 
 def has_area(table: pl.DataFrame, form: SubmissionFormat) -> NDArray[np.bool_]:
@@ -141,23 +141,144 @@ def without_repeats(table: pl.DataFrame, form: SubmissionFormat) -> pl.DataFrame
     best_first = (
         table.select(*COLUMNS[:2], exact="score")
         .with_columns(**written)
-        .with_row_index(_ROW)
+        .with_row_index("place")
         .sort("exact", descending=True, maintain_order=True)
     )
     first = best_first.unique(list(form.columns), keep="first", maintain_order=True)
-    return table[first[_ROW].sort()]
+    return table[first["place"].sort()]
 
 
-def _best(rows: pl.DataFrame, limit_bytes: int, form: SubmissionFormat) -> pl.DataFrame:
-    """The rows in the order in which they are taken; of those that cannot fit, at least the first."""
-    # As many lines as would fit were each the shortest, and one more: of ten million detections only
-    # these few need sorting and measuring.
-    most = (limit_bytes - BRACKETS_BYTES) // (form.shortest_line_bytes + 1) + 2
-    if most < rows.height:
-        scores = rows["score"].to_numpy()
-        lowest = np.partition(scores, len(scores) - most)[len(scores) - most]
-        rows = rows.filter(pl.Series(scores >= lowest))
-    return rows.sort(["score", "image_id", "category_id", _ROW], descending=[True, False, False, False])
+def _fit_once(batches: Batches, limit_bytes: int, form: SubmissionFormat, prices: Prices | None, distinct: bool) -> Fit:
+    if limit_bytes <= BRACKETS_BYTES:
+        raise GateError(
+            f"a limit of {limit_bytes} bytes is too small: an empty list takes {BRACKETS_BYTES} bytes and "
+            f"the file must be smaller than the limit; allow at least {BRACKETS_BYTES + 1}"
+        )
+    best = _Best(limit_bytes, form, prices, distinct)
+    for batch in batches():
+        best.add(batch)
+    ordered = best.ordered()
+    count, size = _prefix_that_fits(ordered, limit_bytes, form)
+    threshold, level, tied_count, tied_kept_count = 0.0, 0, 0, 0
+    if count < best.usable_count:
+        threshold, level = float(ordered["score"][count]), int(ordered[_LEVEL][count])
+        at_it = ((ordered["score"] == threshold) & (ordered[_LEVEL] == level)).to_numpy()
+        tied_count = int(at_it.sum()) + best.dropped_at(level, threshold)
+        tied_kept_count = int(at_it[:count].sum())
+    kept = ordered[:count].sort(["image_id", "score", "category_id", _ROW], descending=[False, True, False, False])
+    cut_with_prices = prices is not None and count < best.usable_count
+    return Fit(
+        threshold=threshold,
+        class_thresholds=prices.thresholds(level, threshold) if prices is not None and cut_with_prices else {},
+        kept=kept.drop(_ROW, _LEVEL),
+        size_bytes=size,
+        limit_bytes=limit_bytes,
+        format=form,
+        read_count=best.read_count,
+        read_by_category=dict(sorted(best.by_category.items())),
+        score_counts=best.score_counts,
+        repeated_count=best.repeated_count,
+        without_area_count=best.without_area_count,
+        tied_count=tied_count,
+        tied_kept_count=tied_kept_count,
+    )
+
+
+class _Best:
+    """The detections that may still fit, while the others pass by.
+
+    As many lines as would fit were each the shortest, and one more: of ten million detections only these
+    few need to be kept, sorted and measured.
+    """
+
+    def __init__(self, limit_bytes: int, form: SubmissionFormat, prices: Prices | None, distinct: bool) -> None:
+        self._most = (limit_bytes - BRACKETS_BYTES) // (form.shortest_line_bytes + 1) + 2
+        self._form = form
+        self._prices = prices
+        self._distinct = distinct
+        self._parts: list[pl.DataFrame] = []
+        self._part_rows = 0
+        self._floor: tuple[int, float] | None = None
+        self._floor_dropped = 0
+        self.read_count = 0
+        self.without_area_count = 0
+        self.repeated_count = 0
+        self.by_category: dict[int, int] = {}
+        self.score_counts = np.zeros(HISTOGRAM_BINS, np.int64)
+
+    @property
+    def usable_count(self) -> int:
+        """Detections read that could be in the file."""
+        return self.read_count - self.without_area_count - self.repeated_count
+
+    def add(self, batch: pl.DataFrame) -> None:
+        """Takes in more rows of the table. Raises as `fit`."""
+        table = _typed(batch)
+        _require_numbers(table, self._form)
+        for category_id, count in table["category_id"].value_counts().iter_rows():
+            self.by_category[category_id] = self.by_category.get(category_id, 0) + count
+        self.score_counts += np.histogram(table["score"].to_numpy(), bins=HISTOGRAM_BINS, range=(0.0, 1.0))[0]
+        rows = table.with_row_index(_ROW, offset=self.read_count).with_columns(pl.col(_ROW).cast(pl.Int64))
+        self.read_count += table.height
+        with_area = has_area(table, self._form)
+        self.without_area_count += int(table.height - with_area.sum())
+        levels = np.zeros(table.height, np.int32) if self._prices is None else self._prices.levels(table)
+        rows = rows.with_columns(pl.Series(_LEVEL, levels))
+        if not with_area.all():
+            rows = rows.filter(pl.Series(with_area))
+        if self._floor is not None:
+            level, score = self._floor
+            rows = rows.filter((pl.col(_LEVEL) > level) | (pl.col(_LEVEL) == level) & (pl.col("score") >= score))
+        self._parts.append(rows)
+        self._part_rows += rows.height
+        if self._part_rows > 4 * self._most:
+            self._compact()
+
+    def ordered(self) -> pl.DataFrame:
+        """The rows in the order in which they are taken; of those that cannot fit, at least the first."""
+        rows = self._compact()
+        return rows.sort(
+            [_LEVEL, "score", "image_id", "category_id", _ROW], descending=[True, True, False, False, False]
+        )
+
+    def dropped_at(self, level: int, score: float) -> int:
+        """How many rows of exactly this price and score are not among `ordered`."""
+        return self._floor_dropped if self._floor == (level, score) else 0
+
+    def _compact(self) -> pl.DataFrame:
+        rows = pl.concat(self._parts) if self._parts else _empty()
+        if self._distinct:
+            distinct = without_repeats(rows, self._form)
+            self.repeated_count += rows.height - distinct.height
+            rows = distinct
+        if rows.height > self._most:
+            # Ascending with (level, score); where a float64 cannot tell two apart both stay.
+            keys = rows[_LEVEL].to_numpy() + rows["score"].to_numpy().astype(np.float64)
+            lowest = np.partition(keys, len(keys) - self._most)[len(keys) - self._most]
+            rows = rows.filter(pl.Series(keys >= lowest))
+            if rows.height > 2 * self._most:  # most are tied
+                rows = self._without_excess(rows)
+        self._parts, self._part_rows = [rows], rows.height
+        if rows.height >= self._most:
+            self._raise_floor(rows)
+        return rows
+
+    def _without_excess(self, rows: pl.DataFrame) -> pl.DataFrame:
+        ordered = rows.sort(
+            [_LEVEL, "score", "image_id", "category_id", _ROW], descending=[True, True, False, False, False]
+        )
+        kept, dropped = ordered[: self._most], ordered[self._most :]
+        floor = (int(kept[_LEVEL][-1]), float(kept["score"][-1]))
+        tied = int(((dropped[_LEVEL] == floor[0]) & (dropped["score"] == floor[1])).sum())
+        self._floor_dropped = tied + self.dropped_at(*floor)
+        self._floor = floor
+        return kept.sort(_ROW)
+
+    def _raise_floor(self, rows: pl.DataFrame) -> None:
+        level = int(rows[_LEVEL].min())  # type: ignore[arg-type]  # a column of integers
+        floor = (level, float(rows.filter(pl.col(_LEVEL) == level)["score"].min()))  # type: ignore[arg-type]
+        if floor != self._floor:
+            self._floor, self._floor_dropped = floor, 0
 
 
 def _prefix_that_fits(ordered: pl.DataFrame, limit_bytes: int, form: SubmissionFormat) -> tuple[int, int]:
@@ -172,6 +293,11 @@ def _prefix_that_fits(ordered: pl.DataFrame, limit_bytes: int, form: SubmissionF
         if fitting < len(sizes):
             return start + fitting, max(size, BRACKETS_BYTES)
     return ordered.height, max(size, BRACKETS_BYTES)
+
+
+def _empty() -> pl.DataFrame:
+    ids, numbers = dict.fromkeys(COLUMNS[:2], pl.Int64), dict.fromkeys(COLUMNS[2:], pl.Float32)
+    return pl.DataFrame(schema={_ROW: pl.Int64, **ids, **numbers, _LEVEL: pl.Int32})
 
 
 def _typed(table: pl.DataFrame) -> pl.DataFrame:

@@ -30,6 +30,7 @@ CHUNK_ROWS = 100_000
 _MAX_DECIMALS = 9
 # Above this a float64 no longer holds every integer, so a rounded value would not be exact.
 _MAX_STEPS = 2.0**53
+_POWERS_OF_TEN = 10 ** np.arange(1, 19)
 # Veltkamp's constant: splits a float64 in two halves whose products are exact.
 _SPLITTER = 2.0**27 + 1
 
@@ -77,9 +78,16 @@ class SubmissionFormat:
         sizes = np.zeros(table.height, np.int64)
         for start in range(0, table.height, CHUNK_ROWS):
             chunk = sizes[start : start + CHUNK_ROWS]
-            for part in self._texts(table[start : start + CHUNK_ROWS]):
-                # All texts are ASCII: a character is a byte.
-                chunk += len(part) if isinstance(part, str) else part.str.len_bytes().to_numpy()
+            rows = table[start : start + CHUNK_ROWS]
+            # All texts are ASCII: a character is a byte.
+            for part in self._parts():
+                match part:
+                    case str():
+                        chunk += len(part)
+                    case ("image_id" | "category_id" as name,):
+                        chunk += decimal_lengths(rows[name].to_numpy().astype(np.int64), 0)
+                    case (name,):
+                        chunk += decimal_lengths(quantised(rows[name].to_numpy(), self.decimals(name)), self.decimals(name))
         return sizes
 
     def lines(self, table: pl.DataFrame) -> pl.Series:
@@ -170,6 +178,20 @@ def decimal_texts(steps: NDArray[np.int64], decimals: int) -> pl.Series:
         fraction = part.cast(pl.String).str.zfill(decimals).str.strip_chars_end("0")
         texts = sign + whole.cast(pl.String) + ("." + fraction).str.strip_chars_end(".")
     return texts.gather(pl.Series(which.astype(np.uint32)))
+
+
+def decimal_lengths(steps: NDArray[np.int64], decimals: int) -> NDArray[np.int64]:
+    """Characters (N,) of `decimal_texts`, without the texts."""
+    size = np.abs(steps)
+    whole = size // 10**decimals
+    lengths = (steps < 0) + np.searchsorted(_POWERS_OF_TEN, whole, side="right") + 1
+    if decimals:
+        part = size - whole * 10**decimals
+        # The point and every decimal, less the zeros at the end; no fraction, no point.
+        lengths += np.where(part > 0, decimals + 1, 0)
+        for place in range(1, decimals):
+            lengths -= (part > 0) & (part % 10**place == 0)
+    return lengths
 
 
 def _product_error(values: NDArray[np.float64], factor: float, product: NDArray[np.float64]) -> NDArray[np.float64]:
