@@ -242,7 +242,7 @@ def read_predictions(run: str | os.PathLike[str]) -> pl.DataFrame:
     import polars as pl
     import pyarrow as pa
 
-    shards = _sound_shards(run)
+    shards = sound_shards(run)
     table = pa.concat_tables([read_table(shard.path) for shard in shards])
     frame = pl.from_arrow(table.replace_schema_metadata(None))
     assert isinstance(frame, pl.DataFrame)
@@ -251,13 +251,13 @@ def read_predictions(run: str | os.PathLike[str]) -> pl.DataFrame:
 
 def covered_images(run: str | os.PathLike[str]) -> set[int]:
     """Ids of the images that have a result, with or without detections. Raises as `read_predictions`."""
-    return {image_id for shard in _sound_shards(run) for image_id in shard.covered}
+    return {image_id for shard in sound_shards(run) for image_id in shard.covered}
 
 
 def failed_images(run: str | os.PathLike[str]) -> list[FailedImage]:
     """Images without a result and why, by id. Raises as `read_predictions`."""
     contents = _Contents()
-    for shard in _sound_shards(run):
+    for shard in sound_shards(run):
         contents.add(shard)
     return [image for _, image in sorted(contents.failed.items())]
 
@@ -327,7 +327,7 @@ def _run_file_fingerprint(run_folder: Path) -> dict[str, Any] | None:
     return fingerprint if isinstance(fingerprint, dict) else None
 
 
-def _sound_shards(run: str | os.PathLike[str]) -> list[Shard]:
+def sound_shards(run: str | os.PathLike[str]) -> list[Shard]:
     """The shards of a run folder, or of the predictions folder inside it, checked."""
     folder = Path(run)
     if not folder.is_dir():

@@ -229,4 +229,5 @@ def _overlaps(
     common = np.maximum(width, 0) * np.maximum(height, 0)
     area = w * h
     union = np.where(is_crowd, area, area + w2 * h2 - common)
-    return np.divide(common, union, out=np.zeros_like(common), where=union > 0)
+    overlaps: NDArray[np.float64] = np.divide(common, union, out=np.zeros_like(common), where=union > 0)
+    return overlaps

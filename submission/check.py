@@ -17,6 +17,7 @@ from parkdet.runtime.errors import UsageError
 from parkdet.submission.entries import EntryColumns, entry_columns
 from parkdet.submission.findings import EXAMPLES, CheckReport, Kind, Tally
 from parkdet.submission.json_stream import BadJson, NotAList, json_blocks
+from parkdet.submission.spill import Spill, bits
 
 
 def check_submission(
@@ -29,7 +30,8 @@ def check_submission(
     keys: Sequence[str] = SUBMISSION_KEYS,
     bbox_decimals: int = 1,
 ) -> CheckReport:
-    """Reads a JSON file of any size in bounded memory (some megabytes, and 40 bytes an entry).
+    """Reads a JSON file of any size in bounded memory: beyond half a million entries what is remembered of them, to
+    find those that are there twice, goes to temporary files (64 bytes an entry, in TMPDIR).
 
     `image_sizes` gives (width, height) in pixels; of an image that it lacks only the box's left and top
     are checked. A box may lie over the edge by one rounding step, 10^-`bbox_decimals` pixels.
@@ -41,28 +43,28 @@ def check_submission(
     size_bytes = path.stat().st_size
     tally = Tally()
     rules = _ValueRules(image_ids, category_ids, image_sizes, 10.0**-bbox_decimals, tally)
-    repeats = _Repeats()
     entry_count = 0
-    try:
-        with _no_garbage_collection():
+    with Spill(8, slice(1, 8)) as spill, no_garbage_collection():
+        repeats = _Repeats(spill)
+        try:
             for entries in json_blocks(path, len(keys)):
                 columns = entry_columns(entries, entry_count, keys, tally)
                 entry_count += len(entries)
                 if len(columns):
                     rules.apply(columns)
                     repeats.remember(columns)
-    except NotAList as error:
-        tally.add(Kind.NOT_A_LIST, [str(error)])
-    except BadJson as error:
-        tally.add(Kind.NOT_JSON, [str(error)])
-    repeats.find(tally)
+        except NotAList as error:
+            tally.add(Kind.NOT_A_LIST, [str(error)])
+        except BadJson as error:
+            tally.add(Kind.NOT_JSON, [str(error)])
+        repeats.find(tally)
     if size_bytes >= limit_bytes:
         tally.add(Kind.TOO_LARGE, [f"{size_bytes:,} bytes, limit {limit_bytes:,}"])
     return CheckReport(path=path, entry_count=entry_count, size_bytes=size_bytes, findings=tally.findings())
 
 
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def no_garbage_collection() -> Iterator[None]:
     """Decoded JSON holds no cycles; looking for them takes longer than decoding it."""
     was_enabled = gc.isenabled()
     gc.disable()
@@ -147,35 +149,43 @@ class _ValueRules:
 
 
 class _Repeats:
-    """Knows a detection that was there before by 128 bits of its values."""
+    """Finds detections that were there before, by all their numbers."""
 
-    def __init__(self) -> None:
-        self._first: list[NDArray[np.uint64]] = []
-        self._second: list[NDArray[np.uint64]] = []
-        self._indices: list[NDArray[np.int64]] = []
+    def __init__(self, spill: Spill) -> None:
+        """`spill`: of rows of an index and seven numbers, grouped by the latter."""
+        self._spill = spill
 
     def remember(self, columns: EntryColumns) -> None:
-        values = (columns.image_ids, columns.category_ids, columns.scores, *columns.xywh.T)
-        table = pl.DataFrame({str(place): column for place, column in enumerate(values) if len(column)})
-        if table.width:
-            self._first.append(table.hash_rows(seed=1).to_numpy())
-            self._second.append(table.hash_rows(seed=2).to_numpy())
-            self._indices.append(columns.indices)
+        rows = np.zeros((len(columns), 8), np.int64)
+        rows[:, 0] = columns.indices
+        if len(columns.image_ids):
+            rows[:, 1] = columns.image_ids
+        if len(columns.category_ids):
+            rows[:, 2] = columns.category_ids
+        if len(columns.xywh):
+            rows[:, 3:7] = bits(columns.xywh)
+        if len(columns.scores):
+            rows[:, 7] = bits(columns.scores)
+        self._spill.add(rows)
 
     def find(self, tally: Tally) -> None:
-        if not self._first:
-            return
-        first = np.concatenate(self._first)
-        ascending = np.sort(first)
-        twice = np.unique(ascending[1:][ascending[1:] == ascending[:-1]])
-        if not len(twice):
-            return
-        rows = np.flatnonzero(np.isin(first, twice))
-        first, second = first[rows], np.concatenate(self._second)[rows]
-        indices = np.concatenate(self._indices)[rows]
-        order = np.lexsort((second, first))
-        same = (first[order[1:]] == first[order[:-1]]) & (second[order[1:]] == second[order[:-1]])
-        pairs = np.flatnonzero(same)
-        if len(pairs):
-            examples = [f"[{indices[order[pair + 1]]}] is [{indices[order[pair]]}] again" for pair in pairs[:EXAMPLES]]
-            tally.add(Kind.REPEATED, examples, len(pairs))
+        """Counts them; the first of the file are the examples."""
+        count = 0
+        found: list[tuple[int, int]] = []
+        for rows in self._spill.parts():
+            # By one hash first: of a sound file hardly a row is then left to compare.
+            table = pl.DataFrame({str(number): rows[:, number] for number in range(1, 8)})
+            hashed = table.hash_rows(seed=2).to_numpy()
+            ascending = np.sort(hashed)
+            twice = ascending[1:][ascending[1:] == ascending[:-1]]
+            if not len(twice):
+                continue
+            suspects = rows[np.isin(hashed, twice)]
+            ordered = suspects[np.lexsort(suspects.T)]  # by the index last of all: the first column counts least
+            again = np.concatenate(([False], (ordered[1:, 1:] == ordered[:-1, 1:]).all(axis=1)))
+            first = np.maximum.accumulate(np.where(again, 0, np.arange(len(ordered))))
+            pairs = np.column_stack((ordered[again, 0], ordered[first[again], 0]))
+            count += len(pairs)
+            found = sorted(found + [(int(one), int(other)) for one, other in pairs[np.argsort(pairs[:, 0])][:EXAMPLES]])
+        if count:
+            tally.add(Kind.REPEATED, [f"[{one}] is [{other}] again" for one, other in found[:EXAMPLES]], count)

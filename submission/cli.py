@@ -1,63 +1,133 @@
-"""`parkdet submit`: a run's predictions as the contest's file, or a check of any such file."""
+"""`parkdet submit`: runs' predictions as the contest's file, or a check of any such file, or a comparison."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
-from parkdet.runtime.errors import ArtifactError, GateError, UsageError
+from parkdet.runtime.errors import GateError, UsageError
 from parkdet.submission.size import DEFAULT_LIMIT, parse_size
 
 if TYPE_CHECKING:
-    import polars as pl
-
-    from parkdet.submission.cut import Fit
+    from parkdet.runtime.contest import ContestData
     from parkdet.submission.expected import Expected
+    from parkdet.submission.merge import MergeSettings
 
 FILE_NAME = "submission.json"
+DEFAULT_METRIC = "map50=0.1,map75=0.9"
 
 
 @click.command()
-@click.option("--predictions", type=click.Path(path_type=Path), help="Run folder that `parkdet infer` filled.")
-@click.option("--check", "checked", type=click.Path(path_type=Path), help="Only check this file; any program's.")
-@click.option("--data", required=True, type=click.Path(path_type=Path), help="The data set's folder.")
+@click.option(
+    "--predictions",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="RUN",
+    help="Run folder that `parkdet infer` filled. Several are merged.",
+)
+@click.option("--check", "checked", type=click.Path(path_type=Path), metavar="FILE", help="Only check this file.")
+@click.option(
+    "--diff", nargs=2, type=click.Path(path_type=Path), metavar="A B", help="Only say how two files differ (exit 3)."
+)
+@click.option("--data", type=click.Path(path_type=Path), metavar="DIR", help="The data set's folder.")
 @click.option("--limit", default=DEFAULT_LIMIT, show_default=True, help="The file is smaller: 20MB, 20MiB, 20000000.")
 @click.option("--output", type=click.Path(path_type=Path), help=f"The file to write.  [default: RUN/{FILE_NAME}]")
 @click.option("--bbox-decimals", type=click.IntRange(0, 6), default=1, show_default=True, help="Of box pixels.")
 @click.option("--score-decimals", type=click.IntRange(1, 9), default=4, show_default=True, help="Of scores.")
+@click.option(
+    "--tune",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="RUN",
+    help="Run of the same model with `infer --split val`: thresholds by class, where they win. One for each run.",
+)
+@click.option("--metric", default=DEFAULT_METRIC, show_default=True, help="What --tune makes high.")
+@click.option(
+    "--merge", "method", type=click.Choice(["wbf", "nms"]), default="wbf", show_default=True, help="Of several runs."
+)
+@click.option(
+    "--merge-iou",
+    type=click.FloatRange(0, 1),
+    default=0.55,
+    show_default=True,
+    help="IoU above which boxes of several runs are one.",
+)
+@click.option("--merge-weights", metavar="W,W", help="One a run, in their order.  [default: equal]")
 def submit(
-    predictions: Path | None,
+    predictions: tuple[Path, ...],
     checked: Path | None,
-    data: Path,
+    diff: tuple[Path, Path] | None,
+    data: Path | None,
     limit: str,
     output: Path | None,
     bbox_decimals: int,
     score_decimals: int,
+    tune: tuple[Path, ...],
+    metric: str,
+    method: Literal["wbf", "nms"],
+    merge_iou: float,
+    merge_weights: str | None,
 ) -> None:
-    """Write the most confident detections that fit under the limit of bytes, or check a file.
+    """Write the detections that are worth most and fit under the limit of bytes, or check or compare files.
 
-    Exits with 3 where a judge would refuse the file; an older file is then left as it was.
+    Exits with 3 where a judge would refuse the file (an older file is then left as it was), and where
+    compared files differ.
     """
     from parkdet.runtime.contest import ContestData
     from parkdet.submission.expected import Expected
+    from parkdet.submission.merge import MergeSettings
+    from parkdet.submission.tune import parse_metric
 
-    if (predictions is None) == (checked is None):
-        raise UsageError("give either --predictions RUN to write a file, or --check FILE to check one")
-    if checked is not None and output is not None:
-        raise UsageError("--check writes nothing; leave --output out")
+    if [bool(predictions), checked is not None, diff is not None].count(True) != 1:
+        raise UsageError("give either --predictions RUN to write a file, --check FILE to check one, or --diff A B")
+    if not predictions and output is not None:
+        raise UsageError(f"--{'diff' if diff else 'check'} writes nothing; leave --output out")
+    if not predictions and tune:
+        raise UsageError("--tune goes with --predictions; leave it out")
+    if diff is not None:
+        _diff(*diff)
+        return
+    if data is None:
+        raise UsageError("name the data set's folder with --data")
     limit_bytes = parse_size(limit)
+    weights, merge = parse_metric(metric), MergeSettings(method=method, iou=merge_iou, weights=_numbers(merge_weights))
     if checked is not None and not checked.is_file():
         raise UsageError(f"{checked}: no such file")
-    if predictions is not None and not predictions.is_dir():
-        raise UsageError(f"{predictions}: no such folder; name the run folder of 'parkdet infer'")
-    expected = Expected.of(ContestData(data))
+    for run in (*predictions, *tune):
+        if not run.is_dir():
+            raise UsageError(f"{run}: no such folder; name the run folder of 'parkdet infer'")
+    contest = ContestData(data)
+    expected = Expected.of(contest)
     if checked is not None:
         _check(checked, expected, limit_bytes, bbox_decimals)
-    elif predictions is not None:
-        path = output or predictions / FILE_NAME
-        _write(predictions, path, expected, limit_bytes, bbox_decimals, score_decimals)
+        return
+    asked = _Asked(
+        predictions, tune, output or predictions[0] / FILE_NAME, limit_bytes, bbox_decimals, score_decimals,
+        weights, merge,
+    )  # fmt: skip
+    _write(asked, contest, expected)
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    predictions: tuple[Path, ...]
+    tune: tuple[Path, ...]
+    path: Path
+    limit_bytes: int
+    bbox_decimals: int
+    score_decimals: int
+    weights: dict[str, float]
+    merge: MergeSettings
+
+
+def _numbers(text: str | None) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        raise UsageError(f"--merge-weights {text!r}: write one number a run, such as 2,1") from None
 
 
 def _check(path: Path, expected: Expected, limit_bytes: int, bbox_decimals: int) -> None:
@@ -73,76 +143,50 @@ def _check(path: Path, expected: Expected, limit_bytes: int, bbox_decimals: int)
     click.echo("nothing to refuse")
 
 
-def _write(
-    run: Path, path: Path, expected: Expected, limit_bytes: int, bbox_decimals: int, score_decimals: int
-) -> None:
-    from parkdet.runtime.store import read_predictions
-    from parkdet.submission.cut import fit_distinct
+def _diff(first: Path, second: Path) -> None:
+    from parkdet.submission.diff import diff_submissions
+
+    report = diff_submissions(first, second)
+    click.echo(str(report))
+    if not report.is_same:
+        raise GateError(f"{first} and {second} differ")
+
+
+def _write(asked: _Asked, contest: ContestData, expected: Expected) -> None:
+    from parkdet.submission.compose import Composition, compose
+    from parkdet.submission.lines import SubmissionFormat
+    from parkdet.submission.runs import PredictionRun
+    from parkdet.submission.summary import summary
     from parkdet.submission.write import require_writable, write_submission
 
-    require_writable(path)
-    table = read_predictions(run)
-    _require_complete(run, expected)
-    fit = fit_distinct(
-        table,
-        limit_bytes,
-        keys=expected.keys,
-        bbox_decimals=bbox_decimals,
-        score_decimals=score_decimals,
+    require_writable(asked.path)
+    form = SubmissionFormat(keys=expected.keys, bbox_decimals=asked.bbox_decimals, score_decimals=asked.score_decimals)
+    runs = [PredictionRun.open(run) for run in asked.predictions]
+    for run in runs:
+        _warn_of_unread(run.require_complete(expected.file_names), len(expected.file_names))
+    composition = Composition(
+        runs=runs,
+        tune_runs=[PredictionRun.open(run) for run in asked.tune],
+        merge=asked.merge,
+        weights=asked.weights,
+        form=form,
+        limit_bytes=asked.limit_bytes,
+        image_count=len(expected.file_names),
     )
-    write_submission(fit, path, lambda written: expected.check(written, limit_bytes, bbox_decimals))
-    click.echo("\n".join([*_summary(fit), "", *_by_category(table, fit, expected.category_names)]))
+    composed = compose(composition, contest, lambda line: click.echo(line, err=True))
+    fit = composed.fit
+    write_submission(fit, asked.path, lambda written: expected.check(written, asked.limit_bytes, asked.bbox_decimals))
+    click.echo(summary(composed, expected.category_names))
     if not fit.kept_count:
         reason = "the limit is too small for one" if fit.read_count else "the run has none; is it well trained?"
-        click.echo(f"warning: {path} holds no detection: {reason}", err=True)
-    click.echo(str(path))
+        click.echo(f"warning: {asked.path} holds no detection: {reason}", err=True)
+    click.echo(str(asked.path))
 
 
-def _require_complete(run: Path, expected: Expected) -> None:
-    """ArtifactError while images are not done; those that could not be read are named and left without entries."""
-    from parkdet.runtime.store import covered_images, failed_images
-
-    names = expected.file_names
-    covered = covered_images(run)
-    reasons = {image.image_id: image.reason for image in failed_images(run)}
-    missing = [image_id for image_id in names if image_id not in covered]
-    undone = [image_id for image_id in missing if image_id not in reasons]
-    if undone:
-        examples = ", ".join(names[image_id] for image_id in undone[:3])
-        raise ArtifactError(
-            f"{run}: {len(undone):,} of {len(names):,} test images are not done yet, e.g. {examples}; "
-            "run 'parkdet infer' again, it does only what is missing"
-        )
-    if missing:
-        examples = ", ".join(f"{names[image_id]} ({reasons[image_id]})" for image_id in missing[:3])
+def _warn_of_unread(unread: list[str], of_images: int) -> None:
+    if unread:
         click.echo(
-            f"warning: {len(missing):,} of {len(names):,} test images could not be read and have no entries, "
-            f"e.g. {examples}",
+            f"warning: {len(unread):,} of {of_images:,} test images could not be read and have no entries, "
+            f"e.g. {', '.join(unread[:3])}",
             err=True,
         )
-
-
-def _summary(fit: Fit) -> list[str]:
-    threshold = "nothing was cut"
-    if fit.cut_count:
-        threshold = f"{fit.threshold:.7g} (all above it, and {fit.tied_kept_count:,} of {fit.tied_count:,} at it)"
-    return [
-        f"{'detections read':<20} {fit.read_count:,}",
-        f"{'no area once rounded':<20} {fit.without_area_count:,}",
-        f"{'repeated':<20} {fit.repeated_count:,}",
-        f"{'cut':<20} {fit.cut_count:,}",
-        f"{'kept':<20} {fit.kept_count:,}",
-        f"{'threshold':<20} {threshold}",
-        f"{'bytes':<20} {fit.size_bytes:,} of a limit of {fit.limit_bytes:,}",
-    ]
-
-
-def _by_category(table: pl.DataFrame, fit: Fit, names: dict[int, str]) -> list[str]:
-    """One line a class; the name comes last, because its width on the screen is not known."""
-    read = dict(table["category_id"].value_counts().iter_rows())
-    kept = dict(fit.kept["category_id"].value_counts().iter_rows())
-    lines = [f"{'category':>8} {'read':>11} {'kept':>11} {'left out':>11}  name"]
-    for category_id, name in names.items():
-        counts = read.get(category_id, 0), kept.get(category_id, 0)
-        lines.append(f"{category_id:>8} {counts[0]:>11,} {counts[1]:>11,} {counts[0] - counts[1]:>11,}  {name}")
-    return lines

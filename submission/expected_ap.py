@@ -37,9 +37,7 @@ def expected_curves(matches: Matches) -> dict[int, ApCurve]:
             precision = np.cumsum(chances[own]) / np.arange(1, len(own) + 1)
             gains = chances[own] * precision / (counts[index] + 0.5)
             values[index][1:] += matches.weights[threshold] / len(measured) * np.cumsum(gains)
-    return {
-        matches.category_ids[index]: ApCurve(matches.rows[own], values[index]) for index, own in own_places.items()
-    }
+    return {matches.category_ids[index]: ApCurve(matches.rows[own], values[index]) for index, own in own_places.items()}
 
 
 def chances_right(
@@ -59,9 +57,7 @@ def chances_right(
     rows = np.arange(len(x))
     design[rows, 3 + classes] = 1.0
     design[rows, 3 + class_count + classes] = x
-    deviations = np.repeat(
-        [_SHARED_DEVIATION, _OFFSET_DEVIATION, _SLOPE_DEVIATION], [3, class_count, class_count]
-    )
+    deviations = np.repeat([_SHARED_DEVIATION, _OFFSET_DEVIATION, _SLOPE_DEVIATION], [3, class_count, class_count])
     known = outcome >= 0
     weights = _most_likely(design[known], (outcome[known] == 1).astype(np.float64), deviations**-2.0)
     return _logistic(design @ weights)
@@ -92,7 +88,10 @@ def _most_likely(
 
 
 def _loss(
-    design: NDArray[np.float64], right: NDArray[np.float64], precisions: NDArray[np.float64], weights: NDArray[np.float64]
+    design: NDArray[np.float64],
+    right: NDArray[np.float64],
+    precisions: NDArray[np.float64],
+    weights: NDArray[np.float64],
 ) -> float:
     log_odds = design @ weights
     return float(np.sum(np.logaddexp(0.0, log_odds) - right * log_odds) + 0.5 * np.sum(precisions * weights**2))

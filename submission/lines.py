@@ -87,7 +87,9 @@ class SubmissionFormat:
                     case ("image_id" | "category_id" as name,):
                         chunk += decimal_lengths(rows[name].to_numpy().astype(np.int64), 0)
                     case (name,):
-                        chunk += decimal_lengths(quantised(rows[name].to_numpy(), self.decimals(name)), self.decimals(name))
+                        chunk += decimal_lengths(
+                            quantised(rows[name].to_numpy(), self.decimals(name)), self.decimals(name)
+                        )
         return sizes
 
     def lines(self, table: pl.DataFrame) -> pl.Series:
@@ -184,7 +186,7 @@ def decimal_lengths(steps: NDArray[np.int64], decimals: int) -> NDArray[np.int64
     """Characters (N,) of `decimal_texts`, without the texts."""
     size = np.abs(steps)
     whole = size // 10**decimals
-    lengths = (steps < 0) + np.searchsorted(_POWERS_OF_TEN, whole, side="right") + 1
+    lengths: NDArray[np.int64] = (steps < 0) + np.searchsorted(_POWERS_OF_TEN, whole, side="right") + 1
     if decimals:
         part = size - whole * 10**decimals
         # The point and every decimal, less the zeros at the end; no fraction, no point.

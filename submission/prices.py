@@ -22,7 +22,11 @@ class PriceSteps:
     def __post_init__(self) -> None:
         if len(self.lower_scores) != len(self.prices):
             raise ValueError(f"{len(self.lower_scores)} steps have {len(self.prices)} prices")
-        if (np.diff(self.lower_scores) >= 0).any() or (np.diff(self.prices) > 0).any() or (self.prices < 0).any():
+        if (
+            (np.diff(self.lower_scores) >= 0).any()
+            or (self.prices[1:] > self.prices[:-1]).any()
+            or (self.prices < 0).any()
+        ):
             raise ValueError("scores must descend, and prices descend to 0 or more")
 
 

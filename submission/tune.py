@@ -4,12 +4,15 @@ The metric is a sum over classes, and a class's share rises with every detection
 limit of bytes the best thresholds are those at which the next byte buys the same in every class: a price.
 Each class's curve of share against bytes is replaced by its upper hull, whose slopes are the prices; at every
 price the hull's corners are the best choice of all that take as few bytes (Everett, 1963), and the exact cut
-finds the price at which the file is full.
+finds by binary search the price at which the file is full.
+
+Curves come in two estimates: as measured on the validation images, and as expected of others like them
+(`expected_ap`). Which of them is used, if any, is decided on images kept back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +23,9 @@ from numpy.typing import NDArray
 from parkdet.runtime.errors import UsageError
 from parkdet.runtime.evaluation import METRIC_KEYS, evaluate, metric
 from parkdet.runtime.evaluation_columns import evaluation_columns
-from parkdet.submission.ap_curves import ap_curves
+from parkdet.submission.ap_curves import ApCurve, Matches, match, measured_curves
 from parkdet.submission.cut import Fit, fit_batches
+from parkdet.submission.expected_ap import expected_curves
 from parkdet.submission.lines import BRACKETS_BYTES, SubmissionFormat
 from parkdet.submission.prices import Prices, PriceSteps
 
@@ -29,6 +33,12 @@ FOLDS = 5
 _FOLD_SEED = 100
 _LIMIT_SHARES = (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 """Of the limit: the sizes at which the metric is measured for the curve of AP against bytes."""
+
+ESTIMATES: Mapping[str, Callable[[Matches], dict[int, ApCurve]]] = {
+    "expected": expected_curves,
+    "measured": measured_curves,
+}
+"""How a class's curve is made; of equals the first is taken."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -47,21 +57,13 @@ class Validation:
     """How the lines of the submission are written: their bytes are the cost."""
 
     @property
-    def image_ids(self) -> list[int]:
-        """In the order of the truth."""
-        return [image["id"] for image in self.truth["images"]]
+    def image_ids(self) -> NDArray[np.int64]:
+        """Ascending."""
+        return np.array(sorted(image["id"] for image in self.truth["images"]), np.int64)
 
-    def part(self, image_ids: set[int]) -> Validation:
-        """The same on some of the images."""
-        truth = {
-            **self.truth,
-            "images": [image for image in self.truth["images"] if image["id"] in image_ids],
-            "annotations": [box for box in self.truth["annotations"] if box["image_id"] in image_ids],
-        }
-        table = self.table.filter(self.table["image_id"].is_in(pl.Series(sorted(image_ids), dtype=pl.Int64).implode()))
-        return Validation(
-            table=table, truth=truth, weights=self.weights, max_det=self.max_det, form=self.form
-        )
+    def rows_of(self, image_ids: NDArray[np.int64]) -> pl.DataFrame:
+        """The predictions on some of the images."""
+        return self.table.filter(pl.Series(np.isin(self.table["image_id"].to_numpy(), image_ids)))
 
     def cut(self, limit_bytes: int, prices: Prices | None = None) -> Fit:
         """The file that these predictions would make."""
@@ -71,13 +73,22 @@ class Validation:
         """The metric of some of the detections; NaN without truth."""
         return metric(evaluate(kept, self.truth, max_det=self.max_det), self.weights)
 
+    def require_truth(self) -> None:
+        """UsageError where there is too little to choose anything by."""
+        images, boxes = len(self.truth["images"]), len(self.truth["annotations"])
+        if images < 2 or not boxes:
+            raise UsageError(
+                f"--tune: {images} validation images with {boxes} true boxes are too few to choose thresholds by; "
+                "name a run over more of the labelled images ('parkdet infer --split val')"
+            )
+
 
 @dataclass(frozen=True, slots=True)
 class SizePoint:
-    """The metric of validation files of one size."""
+    """The metric of files of one size, on the validation images."""
 
     size_bytes: int
-    """Of the submission's limit that the size stands for."""
+    """Of the submission: the validation images' file takes its share of it."""
     single: float
     """One threshold for all classes."""
     per_class: float
@@ -89,12 +100,12 @@ class Tuning:
     """What prices do for the metric, and whether they are to be used."""
 
     prices: Prices
+    """Of the estimate that is best on images kept back."""
+    estimate: str
     single: float
     """The metric on the validation images with one threshold for all classes, at the limit's share."""
-    held_out: float
-    """With thresholds by price that were chosen without the images on which they are measured."""
-    in_sample: float
-    """With thresholds by price chosen on the same images: what the held-out figure must not be taken for."""
+    held_out: Mapping[str, float]
+    """By estimate: with thresholds by price that were chosen without the images on which they are measured."""
     folds: int
     image_count: int
     limit_bytes: int
@@ -105,8 +116,8 @@ class Tuning:
 
     @property
     def wins(self) -> bool:
-        """Whether the thresholds by price are better on images that were held back."""
-        return self.is_cut and self.held_out > self.single
+        """Whether the thresholds by price are better on images that were kept back."""
+        return self.is_cut and self.held_out[self.estimate] > self.single
 
 
 def parse_metric(text: str) -> dict[str, float]:
@@ -135,66 +146,106 @@ def scaled_limit(limit_bytes: int, images: int, of_images: int) -> int:
 
 
 def tune(validation: Validation, limit_bytes: int, test_image_count: int) -> Tuning:
-    """Prices from the validation images, and what they are worth on images held back.
+    """Prices from the validation images, and what they are worth on images kept back.
 
     `limit_bytes` is that of the submission of `test_image_count` images. Raises UsageError where there is no truth
     to measure by, or fewer than two images.
     """
-    ids = validation.image_ids
-    if len(ids) < 2 or not validation.truth["annotations"]:
-        raise UsageError(
-            f"{len(ids)} validation images with {len(validation.truth['annotations'])} true boxes are too few to "
-            "choose thresholds by; name a run over more of the labelled images with --tune"
-        )
-    share = scaled_limit(limit_bytes, len(ids), test_image_count)
+    validation.require_truth()
+    count = len(validation.image_ids)
+    share = scaled_limit(limit_bytes, count, test_image_count)
     single = validation.cut(share)
-    prices = choose_prices(validation, share)
-    folds = min(FOLDS, len(ids))
-    kept = [held.cut(scaled_limit(share, len(held.image_ids), len(ids)), choose_prices(rest, share)).kept
-            for rest, held in _folds(validation, folds)]  # fmt: skip
+    source = _PriceSource.of(validation, share)
+    held_out = {
+        estimate: validation.metric_of(pl.concat([part.kept for part in _held_out_cuts(source, estimate, share)]))
+        for estimate in ESTIMATES
+    }
+    best = max(held_out, key=lambda estimate: held_out[estimate])
+    prices = source.prices(best)
+    sizes = [int(limit_bytes * part) for part in _LIMIT_SHARES]
+    shares = [scaled_limit(size, count, test_image_count) for size in sizes]
     return Tuning(
         prices=prices,
+        estimate=best,
         single=validation.metric_of(single.kept),
-        held_out=validation.metric_of(pl.concat(kept)),
-        in_sample=validation.metric_of(validation.cut(share, prices).kept),
-        folds=folds,
-        image_count=len(ids),
+        held_out=held_out,
+        folds=min(FOLDS, count),
+        image_count=count,
         limit_bytes=share,
         is_cut=single.cut_count > 0,
         points=[
             SizePoint(
-                int(limit_bytes * part),
-                validation.metric_of(validation.cut(scaled_limit(int(limit_bytes * part), len(ids), test_image_count)).kept),
-                validation.metric_of(
-                    validation.cut(scaled_limit(int(limit_bytes * part), len(ids), test_image_count), prices).kept
-                ),
+                size,
+                validation.metric_of(validation.cut(part).kept),
+                validation.metric_of(validation.cut(part, prices).kept),
             )
-            for part in _LIMIT_SHARES
+            for size, part in zip(sizes, shares, strict=True)
         ],
     )
 
 
-def choose_prices(validation: Validation, limit_bytes: int) -> Prices:
-    """Every class's prices. One without truth gives no evidence and keeps the single threshold of the limit."""
-    found, truths = evaluation_columns(validation.table, validation.truth)
-    curves = ap_curves(found, truths, validation.weights, validation.max_det)
-    line_bytes = validation.form.line_bytes(validation.table) + 1
-    steps = {
-        category_id: price_steps(found.score[curve.rows], line_bytes[curve.rows], curve.values)
-        for category_id, curve in curves.items()
-    }
-    unmeasured = set(validation.table["category_id"].unique().to_list()) | set(truths.category_ids)
-    unmeasured -= set(steps)
-    if unmeasured:
-        threshold = validation.cut(limit_bytes).threshold
-        always = PriceSteps(np.array([np.nextafter(np.float32(threshold), np.float32(2))], np.float64), np.array([np.inf]))
-        steps |= dict.fromkeys(unmeasured, always)
-    return Prices(steps)
+def choose_prices(validation: Validation, limit_bytes: int, estimate: str) -> Prices:
+    """Every class's prices by one of `ESTIMATES`; `limit_bytes` is that of the validation images' own file.
+
+    A class without truth gives no evidence: it keeps the single threshold of the limit.
+    """
+    return _PriceSource.of(validation, limit_bytes).prices(estimate)
 
 
-def price_steps(
-    scores: NDArray[np.float64], line_bytes: NDArray[np.int64], values: NDArray[np.float64]
-) -> PriceSteps:
+def folds_of(image_ids: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """The images in up to FOLDS parts of about equal size, by a fixed shuffle."""
+    shuffled = np.random.default_rng(_FOLD_SEED).permutation(image_ids)
+    count = min(FOLDS, len(image_ids))
+    return [shuffled[number::count] for number in range(count)]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _PriceSource:
+    """What prices are made of: the matches are made once and then serve all parts of the images."""
+
+    validation: Validation
+    matches: Matches
+    line_bytes: NDArray[np.int64]
+    """(rows of the table,) with the comma."""
+    single_threshold: float
+
+    @classmethod
+    def of(cls, validation: Validation, limit_bytes: int) -> _PriceSource:
+        found, truths = evaluation_columns(validation.table, validation.truth)
+        return cls(
+            validation,
+            match(found, truths, validation.weights, validation.max_det),
+            validation.form.line_bytes(validation.table) + 1,
+            validation.cut(limit_bytes).threshold,
+        )
+
+    def prices(self, estimate: str, without: NDArray[np.int64] | None = None) -> Prices:
+        """From all images, or all but some."""
+        matches = self.matches
+        if without is not None:
+            matches = matches.of_images(~np.isin(self.validation.image_ids, without))
+        scores = self.validation.table["score"].to_numpy().astype(np.float64)
+        steps = {
+            category_id: price_steps(scores[curve.rows], self.line_bytes[curve.rows], curve.values)
+            for category_id, curve in ESTIMATES[estimate](matches).items()
+        }
+        above = np.nextafter(np.float32(self.single_threshold), np.float32(2))
+        always = PriceSteps(np.array([above], np.float64), np.array([np.inf]))
+        unmeasured = set(matches.category_ids) - set(steps)
+        return Prices(steps | dict.fromkeys(unmeasured, always))
+
+
+def _held_out_cuts(source: _PriceSource, estimate: str, limit_bytes: int) -> Iterator[Fit]:
+    """Every part of the images, cut to its share of the limit with prices from the others."""
+    validation = source.validation
+    images = validation.image_ids
+    for part in folds_of(images):
+        share = scaled_limit(limit_bytes, len(part), len(images))
+        rows = validation.rows_of(part)
+        yield fit_batches(lambda rows=rows: [rows], share, validation.form, source.prices(estimate, without=part))  # type: ignore[misc]
+
+
+def price_steps(scores: NDArray[np.float64], line_bytes: NDArray[np.int64], values: NDArray[np.float64]) -> PriceSteps:
     """The upper hull of a class's share (N + 1,) over the bytes of its N best detections, as steps of score.
 
     A threshold cannot part detections of equal score: corners lie where the score falls.
@@ -214,12 +265,3 @@ def price_steps(
         slopes.append(slope)
     last = np.array(corners[1:], np.int64) - 1
     return PriceSteps(scores[last], np.array(slopes[1:], np.float64))
-
-
-def _folds(validation: Validation, folds: int) -> Iterator[tuple[Validation, Validation]]:
-    """(the others, one part) of the images, each part once."""
-    ids = np.array(validation.image_ids)
-    shuffled = np.random.default_rng(_FOLD_SEED).permutation(ids)
-    for number in range(folds):
-        held = set(shuffled[number::folds].tolist())
-        yield validation.part(set(ids.tolist()) - held), validation.part(held)

@@ -81,3 +81,43 @@ def naive_number() -> Callable[[float, int], str]:
 def naive_file() -> Callable[..., bytes]:
     """(table, keys, bbox_decimals, score_decimals) -> the submission, line by line."""
     return _naive_file
+
+
+def _small_world(
+    seed: int, images: int = 6, classes: int = 3, frequencies: Sequence[float] | None = None
+) -> tuple[pl.DataFrame, dict[str, Any]]:
+    rng = np.random.default_rng(seed)
+    classes = len(frequencies) if frequencies else classes
+    boxes: list[dict[str, Any]] = []
+    rows: list[tuple[Any, ...]] = []
+    for image_id in range(1, images + 1):
+        for _ in range(int(rng.integers(0, 7))):
+            box = np.concatenate((rng.random(2) * 300, rng.random(2) * 40 + 10))
+            category_id = int(rng.choice(classes, p=frequencies)) + 1
+            boxes.append(
+                {"id": len(boxes) + 1, "image_id": image_id, "category_id": category_id, "bbox": box.tolist(),
+                 "area": float(box[2] * box[3]), "iscrowd": int(rng.random() < 0.1 and frequencies is None)}
+            )  # fmt: skip
+            for _ in range(int(rng.integers(0, 3))):
+                found = box + rng.normal(0, 1.5, 4)
+                guess = category_id if rng.random() < 0.8 else int(rng.integers(1, classes + 1))
+                # One decimal, so that some are tied.
+                score = round(float(rng.beta(5, 2)) if guess == category_id else float(rng.beta(2, 4)), 2)
+                rows.append((image_id, guess, *found[:2], *np.maximum(found[2:], 1), max(score, 0.01)))
+        for _ in range(int(rng.integers(0, 4))):
+            noise = (*(rng.random(2) * 300), *(rng.random(2) * 40 + 10))
+            rows.append(
+                (image_id, int(rng.integers(1, classes + 1)), *noise, max(round(float(rng.beta(1, 4)), 2), 0.01))
+            )
+    truth = {
+        "images": [{"id": image_id} for image_id in range(1, images + 1)],
+        "categories": [{"id": number, "name": f"class {number}"} for number in range(1, classes + 1)],
+        "annotations": boxes,
+    }
+    return pl.DataFrame(rows, schema=SCHEMA, orient="row"), truth
+
+
+@pytest.fixture(scope="session")
+def small_world() -> Callable[..., tuple[pl.DataFrame, dict[str, Any]]]:
+    """(seed, images, classes, frequencies) -> detections and their COCO truth, with crowds, ties and misses."""
+    return _small_world

@@ -86,7 +86,7 @@ def test_a_run_becomes_a_checked_file_under_the_limit(run_cli: RunCli, tmp_path:
     threshold = float(re.search(r"threshold +([0-9.]+)", out)[1])  # type: ignore[index]
     assert min(entry["score"] for entry in entries) >= round(threshold, 4)
     sedans = sum(entry["category_id"] == 1 for entry in entries)
-    assert re.search(rf"^ +1 +\d+ +{sedans} +\d+  세단$", out, re.MULTILINE)
+    assert re.search(rf"^ +1 +\d+ +{sedans} +\d+ +[\d,]+ +[\d.]+  세단$", out, re.MULTILINE)
 
     code, out, err = run_cli("submit", "--check", written, "--data", data, "--limit", "5000")
     assert (code, err) == (0, "")

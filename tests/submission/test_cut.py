@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parkdet.runtime.errors import GateError
-from parkdet.submission import fit, fit_distinct
+from parkdet.submission import SubmissionFormat, fit, fit_distinct
+from parkdet.submission.cut import _fit_once, fit_batches, without_repeats
+from parkdet.submission.prices import Prices, PriceSteps
 
 Table = Callable[..., pl.DataFrame]
 Naive = Callable[..., Any]
@@ -246,3 +248,79 @@ def test_the_room_of_repeated_detections_goes_to_others(random_table: Table) -> 
     outcome = fit_distinct(twice, 9000)
     assert outcome.kept.equals(fit(table, 9000).kept)
     assert outcome.repeated_count == 200
+
+
+def in_parts(table: pl.DataFrame, rows: int) -> Callable[[], list[pl.DataFrame]]:
+    return lambda: [table[start : start + rows] for start in range(0, table.height, rows)]
+
+
+@settings(deadline=None, max_examples=60)
+@given(rows=rows, limit=st.integers(3, 900), part=st.integers(1, 9))
+def test_a_table_in_parts_is_cut_like_the_whole(
+    make_table: Table, rows: list[tuple[Any, ...]], limit: int, part: int
+) -> None:
+    # So many more rows than can fit that most pass by without being kept.
+    table = make_table(rows * 6)
+    whole, parts = fit_distinct(table, limit), fit_batches(in_parts(table, part), limit, SubmissionFormat())
+    assert parts.kept.equals(whole.kept)
+    facts = ("threshold", "size_bytes", "read_count", "without_area_count", "tied_count", "tied_kept_count")
+    assert [getattr(parts, name) for name in facts] == [getattr(whole, name) for name in facts]
+    assert parts.read_by_category == whole.read_by_category
+    # The naive way: repeats go first, then the cut.
+    distinct = fit(without_repeats(table, SubmissionFormat()), limit)
+    assert parts.kept.sort(COLUMNS).equals(distinct.kept.sort(COLUMNS))
+
+
+def test_ten_thousand_ties_in_parts_go_by_image_category_and_row(make_table: Table) -> None:
+    rng = np.random.default_rng(0)
+    rows = [(int(rng.integers(1, 50)), int(rng.integers(1, 4)), n, 0, 1, 1, 0.5) for n in range(10_000)]
+    table = make_table(rows)
+    whole, parts = fit(table, 3000), fit_batches(in_parts(table, 70), 3000, SubmissionFormat())
+    assert parts.kept.equals(whole.kept)
+    assert parts.tied_count == whole.tied_count == 10_000
+    assert parts.kept.rows() == sorted(rows, key=lambda row: row[:2])[: parts.kept_count]
+
+
+def prices_of(**steps: list[tuple[float, float]]) -> Prices:
+    """(lower score, price) by category, `a` being category 1; scores are float32, as those of predictions."""
+    return Prices(
+        {
+            ord(name) - 96: PriceSteps(
+                np.array([np.float32(score) for score, _ in pairs], np.float64), np.array([p for _, p in pairs], float)
+            )
+            for name, pairs in steps.items()
+        }
+    )
+
+
+@settings(deadline=None, max_examples=60)
+@given(rows=rows, limit=st.integers(3, 2600), part=st.integers(1, 30))
+def test_prices_come_before_scores(
+    make_table: Table, naive_file: Naive, rows: list[tuple[Any, ...]], limit: int, part: int
+) -> None:
+    table = make_table([(row[0], row[1] % 3 + 1, *row[2:]) for row in rows])
+    prices = prices_of(a=[(0.9, 5.0), (0.5, 2.0)], b=[(0.01, 3.0)])
+
+    def price(row: dict[str, Any]) -> float:
+        category, score = row["category_id"], row["score"]
+        if category == 1:
+            return 5.0 if score >= np.float32(0.9) else 2.0 if score >= 0.5 else 0.0
+        return 3.0 if category == 2 and score >= np.float32(0.01) else 0.0
+
+    order = sorted(taken_in_order(table), key=lambda row: -price(row))  # stable: then as without prices
+    table_of = [[row[c] for c in COLUMNS] for row in order]
+    fitting = [n for n in range(len(order) + 1) if len(naive_file(make_table(table_of[:n]))) < limit]
+    outcome = _fit_once(in_parts(table, part), limit, SubmissionFormat(), prices, distinct=False)
+    assert outcome.kept.sort(COLUMNS).equals(make_table(table_of[: max(fitting)]).sort(COLUMNS))
+    assert outcome.size_bytes == len(naive_file(outcome.kept)) < limit
+    for category_id, threshold in outcome.class_thresholds.items():
+        mine = [row for row in order if row["category_id"] == category_id]
+        kept = outcome.kept.filter(pl.col("category_id") == category_id).height
+        above = sum(row["score"] > threshold for row in mine)
+        assert above <= kept <= above + sum(row["score"] == threshold for row in mine)
+
+
+@pytest.mark.parametrize("steps", [[(0.5, 1.0), (0.5, 0.5)], [(0.5, 1.0), (0.4, 2.0)], [(0.5, -1.0)]])
+def test_prices_that_are_no_steps_down_are_refused(steps: list[tuple[float, float]]) -> None:
+    with pytest.raises(ValueError, match="descend"):
+        prices_of(a=steps)
