@@ -148,7 +148,8 @@ class StagePlanner:
         left = self.budget.left() - self.budget.margin - ends
         own = (1 - self.schedule.progress(step)) * self.work.pixels
         later = sum(stage.pixels for stage in self.later)
-        return left * own / (own + later) if own > 0 else left
+        # A stage whose schedule is through has no claim to more.
+        return left * own / (own + later) if own > 0 else 0.0
 
     def _fitting_end(self, step: int) -> int:
         each = self.seconds_a_batch

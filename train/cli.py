@@ -3,25 +3,81 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
+if TYPE_CHECKING:
+    from parkdet.train.run import RunSettings
+    from parkdet.train.training_data import TrainingData
+
 _DATA_HELP = "Data set in the contest's layout."
+_LATEST = "\0latest"
+"""What `--resume` without a value stands for; no path can be it."""
 
 
 def _say(line: str) -> None:
     click.echo(line, err=True)
 
 
+def _say_nothing(_line: str) -> None:
+    """The voice of every process but the first."""
+
+
+_Option = Callable[[Callable[..., None]], Callable[..., None]]
+
+_SHORTHANDS: tuple[tuple[str, Any, str], ...] = (
+    ("--epochs", click.IntRange(min=1), "epochs={}"),
+    ("--imgsz", click.IntRange(32, 16384), "imgsz={}"),
+    ("--batch-size", click.IntRange(min=-1), "batch_size={}"),
+    ("--optimizer", click.Choice(["SGD", "AdamW"]), "optimizer={}"),
+    ("--label-smoothing", click.FloatRange(0, 1, max_open=True), "label_smoothing={}"),
+    ("--freeze", click.IntRange(min=0), "freeze={}"),
+    ("--cache", click.Choice(["none", "ram", "disk"]), "cache={}"),
+    ("--patience", click.IntRange(min=0), "patience={}"),
+    ("--save-period", click.IntRange(min=-1), "save_period={}"),
+    ("--seed", click.IntRange(min=0), "seed={}"),
+    ("--cos-lr", None, "cos_lr=true"),
+    ("--image-weights", None, "image_weights=true"),
+    ("--multi-scale", None, "multi_scale=true"),
+    ("--rect", None, "rect=true"),
+    ("--deterministic", None, "deterministic=true"),
+    ("--noautoanchor", None, "autoanchor=false"),
+    ("--noval", None, "val_period=0"),
+)
+"""YOLOv5's flags, and the setting of the recipe that each stands for; those of type None take no value."""
+
+
+def _shorthands(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options of `_SHORTHANDS` to a command, as its keyword arguments."""
+    for flag, kind, setting in reversed(_SHORTHANDS):
+        about = f"Same as {setting.format('N' if isinstance(kind, click.IntRange) else 'VALUE')}."
+        option: _Option = (
+            click.option(flag, is_flag=True, help=about) if kind is None else click.option(flag, type=kind, help=about)
+        )
+        command = option(command)
+    return command
+
+
+def _settings_of(flags: Mapping[str, Any]) -> tuple[str, ...]:
+    """The `train.KEY=VALUE` of the shorthands that were given."""
+    values = ((setting, flags[flag.removeprefix("--").replace("-", "_")]) for flag, _, setting in _SHORTHANDS)
+    return tuple(f"train.{setting.format(value)}" for setting, value in values if value not in (None, False))
+
+
 @click.command()
 @click.option("--data", type=click.Path(path_type=Path), help=_DATA_HELP)
 @click.option("--config", "config", help="Shipped recipe (contest, small, demo) or a YAML file.  [default: small]")
+@click.option("--hyp", type=click.Path(path_type=Path), help="Settings over the recipe's: a hyp.yaml of YOLOv5's.")
 @click.option("--weights", type=click.Path(path_type=Path), help="Checkpoint to start from, ours or YOLOv5's.")
-@click.option("--resume", type=click.Path(path_type=Path), metavar="RUN", help="Go on with a run that was stopped.")
-@click.option("--epochs", type=click.IntRange(min=1), help="Same as train.epochs=N.")
-@click.option("--imgsz", type=click.IntRange(32, 16384), help="Same as train.imgsz=N.")
-@click.option("--batch-size", type=click.IntRange(min=1), help="Same as train.batch_size=N.")
+@click.option(
+    "--resume", is_flag=False, flag_value=_LATEST, metavar="[RUN]",
+    help="Go on with a run that was stopped; without a value, with the latest.",
+)  # fmt: skip
+@click.option("--time-budget", metavar="TIME", help="36h, 90m, ...: as many of the recipe's epochs as fit.")
+@_shorthands
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, or the number of a CUDA device.")
 @click.option("--workers", type=click.IntRange(min=0), default=1, show_default=True, help="Processes that load images.")
 @click.option("--project", type=click.Path(path_type=Path), default=Path("runs/train"), show_default=True)
@@ -31,63 +87,80 @@ def _say(line: str) -> None:
 def train(
     data: Path | None,
     config: str | None,
+    hyp: Path | None,
     weights: Path | None,
-    resume: Path | None,
-    epochs: int | None,
-    imgsz: int | None,
-    batch_size: int | None,
+    resume: str | None,
+    time_budget: str | None,
     device: str,
     workers: int,
     project: Path,
     name: str,
     exist_ok: bool,
     overrides: tuple[str, ...],
+    **flags: Any,
 ) -> None:
     """Train a detector: recipe and data set in, checkpoints out.
 
     KEY=VALUE replaces settings of the recipe, such as lr0=0.001 or train.optimizer=AdamW. Ctrl-C saves last.pt
-    and stops; --resume RUN goes on at the same batch.
+    and stops; --resume RUN goes on at the same batch. Under torchrun, every process takes a GPU.
     """
     from parkdet.runtime.errors import UsageError
     from parkdet.runtime.run_folder import next_run_folder
     from parkdet.runtime.terminal import quiet_decoders
+    from parkdet.train.budget import TimeBudget, parse_duration
+    from parkdet.train.ranks import process_group
+    from parkdet.train.run import latest_run, resume_run, start_run
+
+    budget = TimeBudget(parse_duration(time_budget)) if time_budget is not None else None
+    given = (*_settings_of(flags), *overrides)
+    if resume is not None and (
+        data is not None or config is not None or hyp is not None or weights is not None or given
+    ):
+        raise UsageError("--resume goes on with a run as it was started; give it alone, or with --time-budget")
+    if resume is None and data is None:
+        raise UsageError("name the data set's folder with --data")
+    with process_group(device) as (ranks, device_name), quiet_decoders():
+        say = _say if ranks.first else _say_nothing
+        if resume is not None:
+            run = latest_run(project) if resume == _LATEST else Path(resume)
+            best = resume_run(run, say, ranks=ranks, device_name=device_name, budget=budget)
+        else:
+            assert data is not None
+            settings, parts = _new_run(data, config, hyp, weights, given, device_name)
+            settings = settings.model_copy(
+                update={"device": device, "workers": workers, "time_budget": budget and budget.seconds}
+            )
+            folder = ranks.from_first(next_run_folder(project, name, exist_ok) if ranks.first else Path())
+            say(f"run folder: {folder}")
+            best = start_run(folder, settings, say, parts, ranks=ranks, device_name=device_name, budget=budget)
+            say(f"run folder: {folder}")
+        if ranks.first:
+            click.echo(str(best))
+
+
+def _new_run(
+    data: Path, config: str | None, hyp: Path | None, weights: Path | None, given: tuple[str, ...], device_name: str
+) -> tuple[RunSettings, TrainingData]:
+    """The settings of a run that is to begin, and its data: what can be wrong is found before a folder is made."""
     from parkdet.train.checkpoint import load_checkpoint
-    from parkdet.train.config import load_recipe
+    from parkdet.train.config import hyp_overrides, load_recipe
     from parkdet.train.model.network import load_architecture
-    from parkdet.train.run import RunSettings, pick_device, resume_run, start_run
+    from parkdet.train.run import RunSettings, pick_device
     from parkdet.train.training_data import read_training_data
 
-    flags = {"epochs": epochs, "imgsz": imgsz, "batch_size": batch_size}
-    given = (*overrides, *(f"train.{key}={value}" for key, value in flags.items() if value is not None))
-    if resume is not None:
-        if data is not None or config is not None or weights is not None or given:
-            raise UsageError("--resume goes on with a run as it was started; give it alone")
-        with quiet_decoders():
-            best = resume_run(resume, _say)
-        click.echo(str(best))
-        return
-    if data is None:
-        raise UsageError("name the data set's folder with --data")
-    recipe = load_recipe(config or "small", given)
+    recipe = load_recipe(config or "small", (*(hyp_overrides(hyp) if hyp is not None else ()), *given))
     if weights is not None:
         recipe = recipe.model_copy(update={"weights": str(weights)})
     if recipe.weights is not None:
         # The run may be resumed from another folder.
         recipe = recipe.model_copy(update={"weights": str(Path(recipe.weights).resolve())})
-    # What can be wrong with the input is found before a run folder is made.
-    pick_device(device)
+    pick_device(device_name)
     parts = read_training_data(data, recipe)
     if recipe.weights is not None:
         load_checkpoint(recipe.weights)
     else:
         load_architecture(recipe.model)
-    folder = next_run_folder(project, name, exist_ok)
-    _say(f"run folder: {folder}")
-    settings = RunSettings(data=str(data.resolve()), device=device, workers=workers, recipe=recipe)
-    with quiet_decoders():
-        best = start_run(folder, settings, _say, parts)
-    _say(f"run folder: {folder}")
-    click.echo(str(best))
+    return RunSettings(data=str(data.resolve()), recipe=recipe), parts
 
 
 @click.command()

@@ -172,6 +172,16 @@ def shipped_recipes() -> dict[str, Path]:
     }
 
 
+def hyp_overrides(path: Path) -> tuple[str, ...]:
+    """The settings in a file of YOLOv5's hyper-parameters (`hyp.*.yaml`) as overrides. ConfigError as for a recipe."""
+    settings = load_settings(TrainSettings, path)
+    return tuple(
+        f"train.{name}={getattr(settings, name)}"
+        for name in TrainSettings.model_fields
+        if name in settings.model_fields_set
+    )
+
+
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """A shipped recipe by name or one of the user's by path, with `key=value` overrides.
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any, Self
+
+SAME_PRESS_SECONDS = 1.0
+"""A terminal signals the whole group, and torchrun passes on what it gets: two signals so close are one."""
 
 
 class StopSwitch:
@@ -15,6 +19,7 @@ class StopSwitch:
 
     def __init__(self) -> None:
         self.asked = False
+        self._asked_at = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -34,9 +39,12 @@ class StopSwitch:
         self._before.clear()
 
     def _ask(self, _number: int, _frame: FrameType | None) -> None:
-        if self.asked:
+        now = time.monotonic()
+        if self.asked and now - self._asked_at > SAME_PRESS_SECONDS:
             raise KeyboardInterrupt
-        self.asked = True
+        if self.asked:
+            return
+        self.asked, self._asked_at = True, now
         # Not through sys.stderr: the signal may have come while the same thread was writing there.
         with suppress(OSError):
             os.write(2, b"\nstopping after this batch; again to stop at once\n")

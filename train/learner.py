@@ -45,13 +45,13 @@ class Learner:
             nn.SyncBatchNorm.convert_sync_batchnorm(self.network)  # type: ignore[no-untyped-call]
         self.parallel: nn.Module = self.network
         if ranks.world > 1:
-            # It gives every process rank 0's weights and buffers. On a CPU, looking for unused parameters keeps the
-            # buckets in their first order, so that a resumed run sums in the order of the undisturbed one.
+            # It gives every process rank 0's weights and buffers. From three processes on, a sum depends on its order;
+            # looking for unused parameters keeps the buckets' first order, that a resumed run has again.
             self.parallel = DistributedDataParallel(
                 self.network,
                 device_ids=[device.index] if device.type == "cuda" else None,
-                broadcast_buffers=False,
-                find_unused_parameters=device.type == "cpu",
+                forward_sync_buffers=False,
+                find_unused_parameters=device.type == "cpu" and ranks.world > 2,
             )
         self.optimizer = make_optimizer(self.network, s, weight_decay)
         self.average = WeightAverage(self.network, s.ema_decay, s.ema_ramp)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -31,7 +30,6 @@ from parkdet.train.training_data import TrainingData, read_training_data
 
 ARGS_FILE = "args.yaml"
 Say = Callable[[str], None]
-Clock = Callable[[], float]
 
 
 class RunSettings(Settings):
@@ -52,19 +50,21 @@ def start_run(
     data: TrainingData | None = None,
     *,
     ranks: Ranks = ALONE,
+    device_name: str | None = None,
     budget: TimeBudget | None = None,
 ) -> Path:
     """Train from the beginning; returns the best checkpoint's path.
 
     Checkpoints of an older run in the folder are removed: they would be taken for this one's. `data` is what
-    `read_training_data` gave, if it was read already; `budget` is the settings' time budget, where its clock runs
-    already. InUseError where another process trains in the folder. Of several processes, all call it.
+    `read_training_data` gave, if it was read already; `device_name` is this process's, where it is not the
+    settings'; `budget` is the settings' time budget, where its clock runs already. InUseError where another process
+    trains in the folder. Of several processes, all call it.
     """
     with sole_writer(folder) if ranks.first else nullcontext():
         if ranks.first:
             _make_way(folder, settings)
         data = data or read_training_data(Path(settings.data), settings.recipe)
-        return _Run(folder, settings, data, say, ranks, budget).train()
+        return _Run(folder, settings, data, say, ranks, device_name or settings.device, budget).train()
 
 
 def _make_way(folder: Path, settings: RunSettings) -> None:
@@ -78,37 +78,54 @@ def _make_way(folder: Path, settings: RunSettings) -> None:
 
 
 def resume_run(
-    run: Path, say: Say, *, ranks: Ranks = ALONE, clock: Clock = time.monotonic, time_budget: float | None = None
+    run: Path,
+    say: Say,
+    *,
+    ranks: Ranks = ALONE,
+    device_name: str = "auto",
+    budget: TimeBudget | None = None,
 ) -> Path:
     """Go on with a run, given by its folder or a checkpoint in it; returns the best checkpoint's path.
 
-    `time_budget` replaces the run's own. Time that the run took before counts.
+    `device_name` and `budget` replace the run's own; time that the run took before counts. Of several processes,
+    rank 0 alone needs the folder.
     """
+    folder, settings = ranks.from_first(_stopped_run(run) if ranks.first else None) or _stopped_run(run)
+    say(f"resuming {folder}")
+    device = settings.device if device_name == "auto" and ranks.world == 1 else device_name
+    with sole_writer(folder) if ranks.first else nullcontext():
+        data = read_training_data(Path(settings.data), settings.recipe)
+        return _Run(folder, settings, data, say, ranks, device, budget).train()
+
+
+def _stopped_run(run: Path) -> tuple[Path, RunSettings]:
     folder = run.resolve() if run.is_dir() else run.resolve().parent
     while not run.exists() or not (folder / ARGS_FILE).is_file():
         if folder.parent == folder or not run.exists():
             raise UsageError(f"{run}: is not a training run (no {ARGS_FILE}); name the folder that train printed")
         folder = folder.parent
-    say(f"resuming {folder}")
-    settings = load_settings(RunSettings, folder / ARGS_FILE)
-    seconds = time_budget or settings.time_budget
-    budget = TimeBudget(seconds, clock=clock) if seconds else None
-    with sole_writer(folder) if ranks.first else nullcontext():
-        data = read_training_data(Path(settings.data), settings.recipe)
-        return _Run(folder, settings, data, say, ranks, budget).train()
+    return folder, load_settings(RunSettings, folder / ARGS_FILE)
+
+
+def latest_run(project: Path) -> Path:
+    """The run in `project` that saved last. UsageError where there is none."""
+    saved = [path for run in project.glob("*/" + ARGS_FILE) for path in run.parent.rglob("weights/last.pt")]
+    if not saved:
+        raise UsageError(f"{project}: no run has saved anything there; name the run: --resume RUN")
+    return max(saved, key=lambda path: path.stat().st_mtime)
 
 
 class _Run:
     """The stages of a run in a row."""
 
     def __init__(
-        self, folder: Path, settings: RunSettings, data: TrainingData, say: Say, ranks: Ranks,
+        self, folder: Path, settings: RunSettings, data: TrainingData, say: Say, ranks: Ranks, device_name: str,
         budget: TimeBudget | None,
     ):  # fmt: skip
         self.folder, self.settings, self.data, self.say, self.ranks = folder, settings, data, say, ranks
         self.recipe = settings.recipe
         self.stages = self.recipe.stage_settings()
-        self.device = pick_device(settings.device)
+        self.device = pick_device(device_name)
         if budget is None and settings.time_budget is not None:
             budget = TimeBudget(settings.time_budget)
         self.budget = budget if ranks.first else None
