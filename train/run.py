@@ -16,6 +16,7 @@ from pydantic import Field
 from parkdet.runtime.errors import DataError, UsageError
 from parkdet.runtime.run_folder import sole_writer
 from parkdet.runtime.settings import Settings, dump_settings, load_settings
+from parkdet.runtime.shards import write_atomically
 from parkdet.train.anchors import fit_anchors
 from parkdet.train.batch_size import choose_batch_size
 from parkdet.train.budget import StagePlanner, StageWork, TimeBudget, duration
@@ -74,7 +75,7 @@ def _make_way(folder: Path, settings: RunSettings) -> None:
             if settings.recipe.weights and path.resolve() == Path(settings.recipe.weights).resolve():
                 raise UsageError(f"{path}: would be overwritten by the run that starts from it; give another --name")
             path.unlink(missing_ok=True)
-    (folder / ARGS_FILE).write_text(dump_settings(settings), encoding="utf-8")
+    write_atomically(folder / ARGS_FILE, dump_settings(settings).encode())
 
 
 def resume_run(
