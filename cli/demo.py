@@ -140,11 +140,11 @@ def _page(
 
     import numpy as np
 
-    from parkdet.cli.pictures import draw_detections
     from parkdet.cli.report_page import Picture, ReportPage, SubmissionFigures, write_page
     from parkdet.runtime.detections import Detections
     from parkdet.runtime.geometry import xywh_to_xyxy
     from parkdet.runtime.images import read_image
+    from parkdet.runtime.pictures import draw_detections
     from parkdet.runtime.store import read_predictions
 
     labels = data.train_labels()

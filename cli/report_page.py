@@ -207,7 +207,7 @@ class _InlinePicture:
 
 def _legend(class_names: Sequence[str]) -> list[tuple[str, str, str]]:
     """(colour, name, what the picture says instead of the name or nothing) of every class."""
-    from parkdet.cli.pictures import class_colour, class_label
+    from parkdet.runtime.pictures import class_colour, class_label
 
     entries = []
     for class_id, name in enumerate(class_names):

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from parkdet.cli import pictures
-from parkdet.cli.pictures import class_colour, class_label, draw_detections, line_width
+from parkdet.runtime import pictures
 from parkdet.runtime.detections import Detections
 from parkdet.runtime.geometry import FloatArray, ImageArray
+from parkdet.runtime.pictures import class_colour, class_label, draw_detections, line_width
 
 NAMES = ("sedan", "SUV", "van")
 
