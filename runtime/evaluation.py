@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from parkdet.runtime.errors import UsageError
 from parkdet.runtime.evaluation_columns import DetectionColumns, TruthColumns, evaluation_columns
-from parkdet.runtime.operating_point import OperatingPoint, best_f1_point
+from parkdet.runtime.operating_point import ConfidenceCurves, OperatingPoint, best_f1_point
 
 if TYPE_CHECKING:
     import polars as pl
@@ -50,6 +50,17 @@ class ClassAP:
     recall: float
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Curves:
+    """What can be drawn of an evaluation at IoU .5; classes by category id."""
+
+    recall: NDArray[np.float64]
+    """COCO's (101,) recall points."""
+    precision: NDArray[np.float64]
+    """(classes, 101), whose mean is the class's `ap50`; NaN for classes without truth."""
+    by_confidence: ConfidenceCurves
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
     """COCO AP, means over the classes that have truth; NaN where none has."""
@@ -73,6 +84,8 @@ class Evaluation:
     """Best detections counted, for each image and class."""
     per_class: tuple[ClassAP, ...]
     """By category id, classes without truth too."""
+    curves: Curves | None = field(default=None, compare=False, repr=False)
+    """None only where an evaluation was made by hand."""
 
 
 def evaluate(
@@ -93,6 +106,7 @@ def evaluate(
     found, truths = evaluation_columns(detections, truth)
     precision = _precision_curves(found, truths, max_det)
     point = best_f1_point(found, truths, max_det)
+    at_50 = precision[_IOU_50, ..., _ALL].T
     return Evaluation(
         map=_mean(precision[..., _ALL]),
         map50=_mean(precision[_IOU_50, ..., _ALL]),
@@ -107,6 +121,11 @@ def evaluate(
         truths=int(np.count_nonzero(~truths.is_crowd)),
         max_det=max_det,
         per_class=_per_class(precision[..., _ALL], point, truths),
+        curves=Curves(
+            recall=np.linspace(0, 1, precision.shape[1]),
+            precision=np.where(at_50 > -1, at_50, math.nan),
+            by_confidence=point.curves,
+        ),
     )
 
 
@@ -120,27 +139,28 @@ def metric(evaluation: Evaluation, weights: Mapping[str, float] = CONTEST_METRIC
 
 
 def evaluation_table(evaluation: Evaluation, per_class: bool = True) -> str:
-    """The table as YOLOv5 prints it, `all` first; `-` where there was no truth to measure by."""
-    rows: list[tuple[str, int, int, tuple[float, ...]]] = [
-        (
-            "all",
-            evaluation.images,
-            evaluation.truths,
-            (evaluation.precision, evaluation.recall, evaluation.map50, evaluation.map),
-        )
-    ]
+    """The table as YOLOv5's users know it, `all` first; `-` where there was no truth to measure by."""
+    everything = (evaluation.precision, evaluation.recall, evaluation.map50, evaluation.map75, evaluation.map)
+    rows = [("all", evaluation.images, evaluation.truths, everything)]
     if per_class:
         rows += [
-            (entry.name, entry.images, entry.truths, (entry.precision, entry.recall, entry.ap50, entry.ap))
+            (entry.name, entry.images, entry.truths, (entry.precision, entry.recall, entry.ap50, entry.ap75, entry.ap))
             for entry in evaluation.per_class
         ]
     width = max(_NAME_WIDTH, *(display_width(name) for name, *_ in rows))
-    header = ("Images", "Instances", "P", "R", "mAP50", "mAP50-95")
-    lines = [_table_row("Class", header, width)]
+    lines = [_table_row("Class", ("Images", "Labels", "P", "R", "mAP@.5", "mAP@.75", "mAP@.5:.95"), width)]
     for name, images, truths, figures in rows:
         cells = (str(images), str(truths), *("-" if math.isnan(value) else f"{value:.3g}" for value in figures))
         lines.append(_table_row(name, cells, width))
     return "\n".join(lines)
+
+
+def evaluation_note(evaluation: Evaluation) -> str:
+    """What the table's figures are: which AP, and where P and R are read."""
+    ap = f"mAP: COCO's, mean precision at 101 recall points, best {evaluation.max_det} detections an image and class"
+    if math.isnan(evaluation.confidence):
+        return ap
+    return f"{ap}; P and R: at confidence {evaluation.confidence:.3f}, where the mean F1 at IoU .5 is best"
 
 
 def display_width(text: str) -> int:

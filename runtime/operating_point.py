@@ -19,7 +19,24 @@ _SMOOTHED_SHARE = 0.1
 _PAIRS_AT_ONCE = 2_000_000
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ConfidenceCurves:
+    """Precision and recall over the confidence threshold, at IoU .5; rows of classes without truth are NaN."""
+
+    confidence: NDArray[np.float64]
+    """(1000,), from 0 to 1."""
+    precision: NDArray[np.float64]
+    """(classes, 1000); 1 where nothing is that confident."""
+    recall: NDArray[np.float64]
+    """(classes, 1000)."""
+
+    @property
+    def f1(self) -> NDArray[np.float64]:
+        """(classes, 1000): the harmonic mean of both."""
+        return 2 * self.precision * self.recall / np.maximum(self.precision + self.recall, 1e-16)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class OperatingPoint:
     """Where the mean F1 over classes is best."""
 
@@ -29,6 +46,8 @@ class OperatingPoint:
     """(classes,), NaN for those without truth."""
     recall: NDArray[np.float64]
     """(classes,), NaN for those without truth."""
+    curves: ConfidenceCurves
+    """What it was read from."""
 
 
 def best_f1_point(found: DetectionColumns, truths: TruthColumns, max_det: int) -> OperatingPoint:
@@ -57,16 +76,14 @@ def best_f1_point(found: DetectionColumns, truths: TruthColumns, max_det: int) -
         confidence = -score[own]
         precision[index] = np.interp(-grid, confidence, right / np.arange(1, len(right) + 1), left=1)
         recall[index] = np.interp(-grid, confidence, right / counts[index], left=0)
+    curves = ConfidenceCurves(confidence=grid, precision=precision, recall=recall)
     if not counts.any():
-        return OperatingPoint(confidence=math.nan, precision=precision[:, 0], recall=recall[:, 0])
-    measured = counts > 0
-    p, r = precision[measured], recall[measured]
-    f1 = 2 * p * r / np.maximum(p + r, 1e-16)
-    at = int(_smoothed(f1.mean(axis=0)).argmax())
-    return OperatingPoint(confidence=float(grid[at]), precision=precision[:, at], recall=recall[:, at])
+        return OperatingPoint(confidence=math.nan, precision=precision[:, 0], recall=recall[:, 0], curves=curves)
+    at = int(smoothed(curves.f1[counts > 0].mean(axis=0)).argmax())
+    return OperatingPoint(confidence=float(grid[at]), precision=precision[:, at], recall=recall[:, at], curves=curves)
 
 
-def _smoothed(curve: NDArray[np.float64]) -> NDArray[np.float64]:
+def smoothed(curve: NDArray[np.float64]) -> NDArray[np.float64]:
     """Moving average over `_SMOOTHED_SHARE` twice, an odd number of points, the ends repeated."""
     points = round(len(curve) * _SMOOTHED_SHARE * 2) // 2 + 1
     padded = np.pad(curve, points // 2, mode="edge")

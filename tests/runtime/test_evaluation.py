@@ -16,7 +16,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from parkdet.runtime.errors import UsageError
-from parkdet.runtime.evaluation import Evaluation, display_width, evaluate, evaluation_table, metric
+from parkdet.runtime.evaluation import Evaluation, display_width, evaluate, evaluation_note, evaluation_table, metric
 
 Rows = list[dict[str, Any]]
 
@@ -311,13 +311,40 @@ def test_the_table_is_yolov5s_with_korean_names_in_line() -> None:
     truth["categories"] = [{"id": 1, "name": "전동킥보드"}, {"id": 2, "name": "SUV"}, {"id": 3, "name": "학원차량"}]
     found = evaluate(results, truth)
     header, everything, *rows = evaluation_table(found).splitlines()
-    assert header.split() == ["Class", "Images", "Instances", "P", "R", "mAP50", "mAP50-95"]
+    assert header.split() == ["Class", "Images", "Labels", "P", "R", "mAP@.5", "mAP@.75", "mAP@.5:.95"]
     assert everything.split()[:3] == ["all", str(found.images), str(found.truths)]
-    assert everything.split()[5:] == [f"{found.map50:.3g}", f"{found.map:.3g}"]
+    assert everything.split()[5:] == [f"{value:.3g}" for value in (found.map50, found.map75, found.map)]
     assert [row.split()[0] for row in rows] == ["전동킥보드", "SUV", "학원차량"]
-    assert rows[2].split()[3:] == ["-"] * 4
-    assert {display_width(line) for line in (header, everything, *rows)} == {22 + 6 * 11}
+    assert rows[2].split()[3:] == ["-"] * 5
+    assert {display_width(line) for line in (header, everything, *rows)} == {22 + 7 * 11}
     assert evaluation_table(found, per_class=False).splitlines() == [header, everything]
+
+
+def test_the_note_says_which_ap_and_where_precision_is_read() -> None:
+    truth, results = scene(1)
+    found = evaluate(results, truth, max_det=70)
+    assert evaluation_note(found).startswith("mAP: COCO's, mean precision at 101 recall points, best 70 detections")
+    assert f"at confidence {found.confidence:.3f}" in evaluation_note(found)
+    assert "confidence" not in evaluation_note(evaluate([], truth | {"annotations": []}))
+
+
+def test_the_curves_are_those_that_the_figures_are_read_from() -> None:
+    truth, results = scene(1, classes=3)
+    truth["categories"].append({"id": 9, "name": "nobody"})
+    found = evaluate(results, truth)
+    curves = found.curves
+    assert curves is not None
+    wanted = pycocotools_precision(truth, results, 100)[0, :, :, 0].T
+    np.testing.assert_allclose(curves.precision, np.where(wanted < 0, np.nan, wanted), atol=1e-9)
+    np.testing.assert_array_equal(curves.recall, np.linspace(0, 1, 101))
+    over = curves.by_confidence
+    at = int(np.argmin(np.abs(over.confidence - found.confidence)))
+    entries = found.per_class[:3]
+    np.testing.assert_allclose(over.precision[:3, at], [entry.precision for entry in entries])
+    np.testing.assert_allclose(over.recall[:3, at], [entry.recall for entry in entries])
+    p, r = np.array([entry.precision for entry in entries]), np.array([entry.recall for entry in entries])
+    np.testing.assert_allclose(over.f1[:3, at], 2 / (1 / p + 1 / r))
+    assert np.isnan(over.f1[3]).all() and np.isnan(curves.precision[3]).all()
 
 
 def test_display_width_counts_columns_of_a_terminal() -> None:
