@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +25,7 @@ COLOUR_COUNT = 64
 BLACK: Bgr = (0, 0, 0)
 WHITE: Bgr = (255, 255, 255)
 
+_STROKES = 0  # cv2.FONT_HERSHEY_SIMPLEX
 _SHIFT = 4
 """Bits of a pixel's fraction in the coordinates that OpenCV is given."""
 
@@ -34,13 +37,17 @@ def draw_detections(
     *,
     truth_xyxy: FloatArray | None = None,
     min_score: float = 0.25,
+    scores: bool = True,
+    font: Path | None = None,
+    letters_as_at: int | None = None,
 ) -> ImageArray:
     """A copy of the image (h, w, 3) uint8 BGR with the detections of at least `min_score` drawn on it.
 
-    Boxes are in pixels of this image and are clipped to it. A label says `name 0.87`; where the name is not
-    ASCII, which is all that OpenCV's letters can write, it has the class's number, as `class_label` tells. A
-    label that would leave the image moves, then loses letters of its name, then the name. `truth_xyxy`
-    (N, 4) is drawn thin, in white dashes on black, under the detections.
+    Boxes are in pixels of this image and are clipped to it. A label says `name 0.87`, or `name` without `scores`.
+    OpenCV's letters are ASCII: another name is written with `font`, a font file (Pillow reads it), and without
+    one it is the class's number, as `class_label` tells. Letters go with the boxes' lines, or with lines of
+    `letters_as_at` pixels: a crowd wants small ones. A label that would leave the image moves, then loses letters
+    of its name, then the name. `truth_xyxy` (N, 4) is drawn thin, in white dashes on black, under the detections.
     """
     import cv2
 
@@ -55,10 +62,12 @@ def draw_detections(
     # The best last, so that it lies on top; labels after all boxes, so that no line crosses one.
     for box, _, class_id in reversed(list(shown)):
         _draw_box(picture, box, class_colour(class_id), width_px)
-    style = _LabelStyle.of(width_px)
+    style = _LabelStyle.of(letters_as_at or width_px, font)
     taken: list[Rect] = []
     for box, score, class_id in shown:
-        text = style.fitting(class_label(class_id, class_names), f"{score:.2f}", picture.shape[1])
+        has_name = font is not None and 0 <= class_id < len(class_names)
+        name = class_names[class_id] if has_name else class_label(class_id, class_names)
+        text = style.fitting(name, f"{score:.2f}" if scores else "", picture.shape[1])
         chip = _place(box, style.chip_size(text), picture.shape[:2], taken, width_px) if text else None
         if chip is None:
             continue
@@ -66,8 +75,7 @@ def draw_detections(
         colour = class_colour(class_id)
         x, y, width, height = chip
         cv2.rectangle(picture, (x, y), (x + width - 1, y + height - 1), colour, cv2.FILLED)
-        origin = (x + style.padding, y + style.padding + style.ascent)
-        cv2.putText(picture, text, origin, style.font, style.scale, _ink_on(colour), style.thickness, cv2.LINE_AA)
+        style.write(picture, text, (x + style.padding, y + style.padding + style.ascent), _ink_on(colour))
     return picture
 
 
@@ -185,37 +193,73 @@ def _draw_dashed(picture: ImageArray, box: FloatArray, thickness: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _LabelStyle:
-    font: int
+    """The letters of labels: OpenCV's strokes for ASCII, a font's where there is one for what is not."""
+
     scale: float
     thickness: int
     ascent: int
-    """Pixels from a line's top to its base."""
     descent: int
     padding: int
+    face: Any
+    """Pillow's font; None without one."""
 
     @classmethod
-    def of(cls, width_px: int) -> _LabelStyle:
+    def of(cls, width_px: int, font: Path | None = None) -> _LabelStyle:
         """The style that goes with boxes of this line width; letters under 9 pixels cannot be read."""
         import cv2
 
-        font = cv2.FONT_HERSHEY_SIMPLEX
-        thickness = max(1, round(width_px / 2))
-        scale = float(cv2.getFontScaleFromHeight(font, max(9, 6 * width_px), thickness))
-        (_, ascent), descent = cv2.getTextSize("Ag", font, scale, thickness)
-        return cls(font, scale, thickness, ascent, descent, max(2, width_px))
+        height, thickness = max(9, 6 * width_px), max(1, round(width_px / 2))
+        scale = float(cv2.getFontScaleFromHeight(_STROKES, height, thickness))
+        (_, ascent), descent = cv2.getTextSize("Ag", _STROKES, scale, thickness)
+        face = None
+        if font is not None:
+            from PIL import ImageFont
+
+            # A capital is about 0.72 of the size that a font is asked for.
+            face = ImageFont.truetype(str(font), round(height / 0.72))
+            ascent, descent = (max(ours, its) for ours, its in zip((ascent, descent), face.getmetrics(), strict=True))
+        return cls(scale, thickness, ascent, descent, max(2, width_px), face)
+
+    def text_width(self, text: str) -> int:
+        """Width of the text in pixels."""
+        import cv2
+
+        if self._has_strokes(text):
+            (width, _), _ = cv2.getTextSize(text, _STROKES, self.scale, self.thickness)
+            return width
+        width_in_font: float = self.face.getlength(text)
+        return math.ceil(width_in_font)
+
+    def write(self, picture: ImageArray, text: str, origin: tuple[int, int], ink: Bgr) -> None:
+        """Write on the picture, from the left end of the line that the letters stand on."""
+        import cv2
+
+        if self._has_strokes(text):
+            cv2.putText(picture, text, origin, _STROKES, self.scale, ink, self.thickness, cv2.LINE_AA)
+            return
+        from PIL import Image, ImageDraw
+
+        mask = Image.new("L", (picture.shape[1], picture.shape[0]))
+        ImageDraw.Draw(mask).text(origin, text, fill=255, font=self.face, anchor="ls")
+        box = mask.getbbox()
+        if box is not None:
+            x0, y0, x1, y1 = box
+            share = np.asarray(mask.crop(box), np.float32)[..., None] / 255
+            part = picture[y0:y1, x0:x1]
+            part[:] = np.rint(part * (1 - share) + np.array(ink, np.float32) * share)
 
     def chip_size(self, text: str) -> tuple[int, int]:
         """Width and height in pixels of the filled chip that holds the text."""
-        import cv2
-
-        (width, _), _ = cv2.getTextSize(text, self.font, self.scale, self.thickness)
-        return width + 2 * self.padding, self.ascent + self.descent + 2 * self.padding
+        return self.text_width(text) + 2 * self.padding, self.ascent + self.descent + 2 * self.padding
 
     def fitting(self, name: str, score: str, width_limit: int) -> str:
         """`name score`, shortened to the width in pixels; the score alone, or nothing where that is too wide."""
         shortened = (name, *(f"{name[:count]}.." for count in range(len(name) - 1, 0, -1)))
-        texts = (*(f"{head} {score}" for head in shortened), score)
+        texts = (*(f"{head} {score}".rstrip() for head in shortened), score)
         return next((text for text in texts if self.chip_size(text)[0] <= width_limit), "")
+
+    def _has_strokes(self, text: str) -> bool:
+        return self.face is None or text.isascii()
 
 
 def _place(

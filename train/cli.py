@@ -83,6 +83,7 @@ def _settings_of(flags: Mapping[str, Any]) -> tuple[str, ...]:
 @click.option("--project", type=click.Path(path_type=Path), default=Path("runs/train"), show_default=True)
 @click.option("--name", default="exp", show_default=True, help="Run folder in the project; exp2, exp3, ... follow.")
 @click.option("--exist-ok", is_flag=True, help="Write into the folder even if it is there.")
+@click.option("--noplots", is_flag=True, help="Draw nothing: no results.png, no pictures of batches.")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 def train(
     data: Path | None,
@@ -96,6 +97,7 @@ def train(
     project: Path,
     name: str,
     exist_ok: bool,
+    noplots: bool,
     overrides: tuple[str, ...],
     **flags: Any,
 ) -> None:
@@ -128,7 +130,12 @@ def train(
             assert data is not None
             settings, parts = _new_run(data, config, hyp, weights, given, device_name)
             settings = settings.model_copy(
-                update={"device": device, "workers": workers, "time_budget": budget and budget.seconds}
+                update={
+                    "device": device,
+                    "workers": workers,
+                    "plots": not noplots,
+                    "time_budget": budget and budget.seconds,
+                }
             )
             folder = ranks.from_first(next_run_folder(project, name, exist_ok) if ranks.first else Path())
             say(f"run folder: {folder}")
@@ -173,6 +180,10 @@ def _new_run(
 @click.option("--iou-thres", type=click.FloatRange(0, 1), help="[default: the checkpoint's]")
 @click.option("--max-det", type=click.IntRange(min=1), help="[default: the checkpoint's]")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, or the number of a CUDA device.")
+@click.option("--save-json", is_flag=True, help="Also write the detections as COCO's tools read them.")
+@click.option("--project", type=click.Path(path_type=Path), default=Path("runs/val"), show_default=True)
+@click.option("--name", default="exp", show_default=True, help="Run folder in the project; exp2, exp3, ... follow.")
+@click.option("--exist-ok", is_flag=True, help="Write into the folder even if it is there.")
 def val(
     weights: Path,
     data: Path,
@@ -183,16 +194,25 @@ def val(
     iou_thres: float | None,
     max_det: int | None,
     device: str,
+    save_json: bool,
+    project: Path,
+    name: str,
+    exist_ok: bool,
 ) -> None:
-    """Measure a checkpoint on the validation images: COCO AP by class."""
+    """Measure a checkpoint on the validation images: COCO AP by class.
+
+    The run folder gets the curves, the confusion matrix and pictures of images with truth and detections.
+    """
     from parkdet.runtime.errors import UsageError
-    from parkdet.runtime.evaluation import evaluation_table
+    from parkdet.runtime.evaluation import evaluation_note, evaluation_table
+    from parkdet.runtime.run_folder import next_run_folder, sole_writer
     from parkdet.runtime.terminal import quiet_decoders
     from parkdet.train.checkpoint import load_checkpoint
     from parkdet.train.config import SplitSettings, ValSettings, load_recipe
     from parkdet.train.run import pick_device
+    from parkdet.train.run_pictures import RunPictures
     from parkdet.train.training_data import read_training_data
-    from parkdet.train.validate import validate
+    from parkdet.train.validate import validate, write_coco_json
 
     for option, value in (("--conf-thres", conf_thres), ("--iou-thres", iou_thres)):
         if value is not None and math.isnan(value):  # which a range of click's lets pass
@@ -213,12 +233,16 @@ def val(
         iou=spec.iou if iou_thres is None else iou_thres,
         max_det=spec.max_det if max_det is None else max_det,
     )
-    with quiet_decoders():
-        measured = validate(
-            checkpoint.model.to(pick_device(device)), parts.val, settings,
-            imgsz=imgsz or checkpoint.spec.imgsz, batch_size=batch_size,
-        )  # fmt: skip
-    assert measured is not None  # nobody can stop it but an interrupt
-    for line in measured.unreadable:
-        _say(f"warning: {line}")
-    click.echo(evaluation_table(measured.evaluation))
+    network = checkpoint.model.to(pick_device(device))
+    folder = next_run_folder(project, name, exist_ok)
+    _say(f"run folder: {folder}")
+    with quiet_decoders(), sole_writer(folder):
+        measured = validate(network, parts.val, settings, imgsz=imgsz or spec.imgsz, batch_size=batch_size)
+        assert measured is not None  # nobody can stop it but an interrupt
+        for line in measured.unreadable:
+            _say(f"warning: {line}")
+        click.echo(f"{evaluation_table(measured.evaluation)}\n{evaluation_note(measured.evaluation)}")
+        RunPictures(folder, spec, _say).validation(measured)
+        if save_json:
+            write_coco_json(folder / f"{weights.stem}_predictions.json", measured, spec)
+    _say(f"run folder: {folder}")

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from parkdet.runtime.errors import DataError, Interrupted
-from parkdet.runtime.evaluation import evaluation_table, metric
+from parkdet.runtime.evaluation import evaluation_note, evaluation_table, metric
 from parkdet.train.budget import StagePlanner
-from parkdet.train.checkpoint import save_checkpoint
+from parkdet.train.checkpoint import load_checkpoint, save_checkpoint
 from parkdet.train.config import TrainSettings, ValSettings
 from parkdet.train.data.loader import TrainingBatch, TrainingLoader, TrainingSet
 from parkdet.train.data.samples import Sample
@@ -28,8 +28,12 @@ from parkdet.train.model.network import Yolov5
 from parkdet.train.precision import repeatable
 from parkdet.train.ranks import ALONE, Ranks
 from parkdet.train.run_log import EpochLine, EventsFile, ResultsFile
+from parkdet.train.run_pictures import RunPictures
 from parkdet.train.schedule import Schedule, scale_of_batch
 from parkdet.train.validate import Validation, validate
+
+DRAWING_SECONDS = 10.0
+"""A time budget with less left than this does without the pictures of the end."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +52,8 @@ class StageJob:
     provenance: Mapping[str, Any]
     """Plain values that every checkpoint of the stage carries along."""
     ranks: Ranks = ALONE
+    plots: bool = True
+    """Whether to draw what there is to look at."""
 
     @property
     def last(self) -> Path:
@@ -83,6 +89,8 @@ class StageTrainer:
         self.learner = Learner(job.network, s, self.schedule.weight_decay, job.device, self.ranks)
         self.results = ResultsFile(job.folder / "results.csv")
         self.events: EventsFile | None = None
+        self.pictures = RunPictures(job.folder, job.network.spec, say, wanted=job.plots and self.ranks.first)
+        self.best_validation: Validation | None = None
         self.epoch = self.batch = 0
         self.loss_sums = np.zeros(3)
         self.best_fitness = -1.0
@@ -103,7 +111,8 @@ class StageTrainer:
         validation: Validation | None = None
         if self.ranks.first:
             self.results.keep_before(self.epoch)
-            self.events = EventsFile(self.job.folder, self.epoch)
+            self.events = self.pictures.events = EventsFile(self.job.folder, self.epoch)
+        self.pictures.labels(self.job.train_samples)
         with StopSwitch() as stop, repeatable(self.job.device, self.job.settings.deterministic):
             try:
                 while self.step < self.schedule.end_step:
@@ -118,6 +127,8 @@ class StageTrainer:
                 if self.events is not None:
                     self.events.close()
         self._finish()
+        if self.ranks.first:
+            self._show_best(validation)
         return validation
 
     def _train_epoch(self, stop: StopSwitch) -> None:
@@ -127,6 +138,7 @@ class StageTrainer:
             self.planner.start_clock()
         mosaics = self.epoch < self.schedule.epochs - self.job.settings.close_mosaic
         for batch in self.loader.epoch(self.epoch, weights=self._weights(), start_batch=self.batch, mosaics=mosaics):
+            self.pictures.training_batch(self.epoch, self.batch, batch)
             plan, size_hw = self.schedule.plan(self.step), self._size_hw(batch.images)
             parts = self.learner.take_in(batch.images, batch.targets, plan, self.step, size_hw)
             told = self._agree(parts, stop.asked)
@@ -194,6 +206,7 @@ class StageTrainer:
             row = self.results.add(self.epoch, losses, validation, rates)
             if self.events is not None:
                 self.events.add(row)
+            self.pictures.epoch_ended(self.epoch, validation)
             if s.save_period > 0 and (self.epoch + 1) % s.save_period == 0:
                 self._save(self.job.folder / "weights" / f"epoch{self.epoch}.pt")
         if validation is not None:
@@ -224,7 +237,7 @@ class StageTrainer:
             return None
         if self.planner is not None:
             self.planner.validation_done(self.clock() - started)
-        self.say(evaluation_table(validation.evaluation, per_class=last))
+        self.say(evaluation_table(validation.evaluation, per_class=False))
         return validation
 
     def _judge(self, validation: Validation, last: bool) -> None:
@@ -234,7 +247,7 @@ class StageTrainer:
         fitness = metric(validation.evaluation, {str(key): weight for key, weight in self.job.val.metric.items()})
         # Without any truth AP is not a number: nothing is best, and `_finish` takes the last weights.
         if fitness > self.best_fitness:
-            self.best_fitness, self.best_epoch = fitness, self.epoch
+            self.best_fitness, self.best_epoch, self.best_validation = fitness, self.epoch, validation
             self._save(self.job.best)
         patience = self.job.settings.patience
         if patience and not last and self.best_fitness >= 0 and self.epoch - self.best_epoch >= patience:
@@ -282,6 +295,22 @@ class StageTrainer:
         self._save(self.job.last, {"finished": True})
         if self.ranks.first and not self.job.best.exists():
             self._save(self.job.best)
+
+    def _show_best(self, last: Validation | None) -> None:
+        """The table and the pictures of best.pt; it is validated again where the process before this one found it."""
+        s = self.job.settings
+        # Where nothing was ever best, best.pt holds the last weights.
+        best = self.best_validation if self.best_fitness >= 0 else last
+        if self.planner is not None and self.planner.budget.left() < DRAWING_SECONDS:
+            self.say(f"time budget: too little is left to draw; 'parkdet val --weights {self.job.best}' does it")
+            return
+        if best is None and self.job.val_samples:
+            network = load_checkpoint(self.job.best).model.to(self.job.device)
+            best = validate(network, self.job.val_samples, self.job.val, imgsz=s.imgsz, batch_size=s.batch_size)
+        if best is not None:
+            self.say(f"{self.job.best}:\n{evaluation_table(best.evaluation)}\n{evaluation_note(best.evaluation)}")
+            self.pictures.validation(best)
+        self.pictures.results()
 
     def resume_from(self, training: Mapping[str, Any]) -> None:
         """Take over everything that `_save_last` kept. DataError where an epoch has another length now."""

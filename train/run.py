@@ -39,6 +39,7 @@ class RunSettings(Settings):
     data: str
     device: str = "auto"
     workers: int = 1
+    plots: bool = True
     time_budget: float | None = Field(default=None, gt=0)
     """Seconds that the whole run may take; None: as long as the recipe takes."""
     recipe: Recipe
@@ -224,6 +225,7 @@ class _Run:
             folder=folder,
             device=self.device,
             workers=self.settings.workers,
+            plots=self.settings.plots,
             provenance={
                 "run": str(self.folder),
                 "images_folder": str(self.data.images_folder),

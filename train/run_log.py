@@ -10,8 +10,10 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import cv2
 import torch
 
+from parkdet.runtime.geometry import ImageArray
 from parkdet.train.validate import Validation
 
 PLAIN_LINE_SECONDS = 10.0
@@ -32,7 +34,9 @@ COLUMNS = (
     "x/lr0",
     "x/lr1",
     "x/lr2",
+    "metrics/mAP_0.75",
 )
+"""YOLOv5's, and after them what the contest's metric is made of."""
 _HEADER = ("Epoch", "GPU_mem", "box_loss", "obj_loss", "cls_loss", "Instances", "Size")
 
 
@@ -82,8 +86,23 @@ class EventsFile:
                 self._writer.add_scalar(name, value, int(row["epoch"]))
         self._writer.flush()
 
+    def add_picture(self, name: str, picture: ImageArray, epoch: int) -> None:
+        """A BGR picture (h, w, 3) uint8; kept as JPEG, a tenth of what torch's writer would make of it."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        height, width = picture.shape[:2]
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=jpeg(picture))
+        assert self._writer.file_writer is not None
+        self._writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), epoch)
+
     def close(self) -> None:
         self._writer.close()
+
+
+def jpeg(picture: ImageArray) -> bytes:
+    """The BGR picture (h, w, 3) uint8 as a JPEG file."""
+    _, encoded = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 92])
+    return encoded.tobytes()
 
 
 class ResultsFile:
@@ -111,10 +130,12 @@ class ResultsFile:
     ) -> dict[str, float]:
         """Append an epoch's row; where there was no validation its columns are empty. Returns the row."""
         metrics: list[float | None] = [None] * 7
+        map75 = None
         if validation is not None:
             measured = validation.evaluation
             metrics = [measured.precision, measured.recall, measured.map50, measured.map, *validation.losses]
-        values = dict(zip(COLUMNS, [epoch, *losses, *metrics, *rates], strict=True))
+            map75 = measured.map75
+        values = dict(zip(COLUMNS, [epoch, *losses, *metrics, *rates, map75], strict=True))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         is_new = not self.path.exists()
         with self.path.open("a", newline="", encoding="utf-8") as file:

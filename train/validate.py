@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -19,6 +21,7 @@ from parkdet.runtime.heads import decode_candidates
 from parkdet.runtime.images import read_image
 from parkdet.runtime.model_spec import ModelSpec
 from parkdet.runtime.nms import NmsSettings, suppress
+from parkdet.runtime.shards import write_atomically
 from parkdet.train.config import ValSettings
 from parkdet.train.data.samples import Sample
 from parkdet.train.model.loss import DetectionLoss
@@ -35,6 +38,8 @@ class Validation:
     """Box, objectness and class loss, the mean over images; NaN where no loss was given."""
     unreadable: tuple[str, ...]
     """What was wrong with the images that could not be read; they count as images without detections."""
+    found: tuple[tuple[Sample, Detections], ...] = ()
+    """The images that could be read, and what was detected in each, in pixels of the image."""
 
     def ap_by_class(self, spec: ModelSpec) -> dict[int, float]:
         """AP@[.5:.95] by class id, 0 for classes that have no truth."""
@@ -97,7 +102,22 @@ def validate(
     evaluation = evaluate(_table(found, spec), _truth(samples, spec), max_det=settings.max_det)
     means = sums / seen if loss is not None else torch.full((3,), torch.nan)
     box, objectness, classes = (float(value) for value in means)
-    return Validation(evaluation=evaluation, losses=(box, objectness, classes), unreadable=tuple(unreadable))
+    return Validation(
+        evaluation=evaluation, losses=(box, objectness, classes), unreadable=tuple(unreadable), found=tuple(found)
+    )
+
+
+def write_coco_json(path: Path, validation: Validation, spec: ModelSpec) -> None:
+    """The detections in COCO's result format, every digit kept: other tools compute the same AP from it."""
+    columns = _table(validation.found, spec).to_dict(as_series=False)
+    boxes = zip(*(columns[name] for name in "xywh"), strict=True)
+    rows = [
+        {"image_id": image, "category_id": category, "bbox": list(box), "score": score}
+        for image, category, box, score in zip(
+            columns["image_id"], columns["category_id"], boxes, columns["score"], strict=True
+        )
+    ]
+    write_atomically(path, json.dumps(rows).encode())
 
 
 _Canvas = tuple[Sample, Letterbox, ImageArray]

@@ -71,7 +71,8 @@ def trainer(
 ) -> StageTrainer:
     job = StageJob(
         settings=wanted, val=ValSettings(metric=metric or {"map50": 0.1, "map75": 0.9}), network=network(),  # type: ignore[arg-type]
-        train_samples=samples, val_samples=val, folder=folder, device=CPU, workers=0, provenance={"run": str(folder)},
+        train_samples=samples, val_samples=val, folder=folder, device=CPU, workers=0, plots=False,
+        provenance={"run": str(folder)},
     )  # fmt: skip
     return StageTrainer(job, lambda _line: None)
 

@@ -41,7 +41,7 @@ def test_a_row_an_epoch_under_yolov5s_columns(tmp_path: Path) -> None:
     results = ResultsFile(path)
     results.add(0, (0.1, 0.2, 0.3), None, (0.1, 0.01, 0.001))
     row = results.add(1, (1 / 3, 2.0, 0.0), validation(), (0.05, 0.02, 0.02))
-    assert path.read_text().splitlines()[0] == YOLOV5_HEADER
+    assert path.read_text().splitlines()[0] == f"{YOLOV5_HEADER},metrics/mAP_0.75"
     first, second = rows_of(path)
     assert [first[name] for name in YOLOV5_COLUMNS] == [
         "0", "0.1", "0.2", "0.3", "", "", "", "", "", "", "", "0.1", "0.01", "0.001",
@@ -50,6 +50,7 @@ def test_a_row_an_epoch_under_yolov5s_columns(tmp_path: Path) -> None:
         "1", "0.333333", "2", "0", "0.75", "0.125", "0.625", "0.5", "0.01", "0.02", "0.03", "0.05", "0.02", "0.02",
     ]  # fmt: skip
     assert row["metrics/mAP_0.5"] == 0.625
+    assert (first["metrics/mAP_0.75"], second["metrics/mAP_0.75"]) == ("", "0.25")
     assert row["train/box_loss"] == 1 / 3
 
 
@@ -66,7 +67,7 @@ def test_a_resumed_run_writes_its_epochs_once(tmp_path: Path) -> None:
     assert [row["epoch"] for row in rows] == [str(n) for n in range(12)]
     assert rows[11]["train/box_loss"] == "99"
     results.keep_before(0)
-    assert results.path.read_text().splitlines() == [YOLOV5_HEADER]
+    assert results.path.read_text().splitlines() == [f"{YOLOV5_HEADER},metrics/mAP_0.75"]
     assert [path.name for path in tmp_path.iterdir()] == ["results.csv"]
 
 
