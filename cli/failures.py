@@ -15,6 +15,7 @@ EXTRA_OF_MODULE = {
     "onnx": "train",
     "onnxscript": "train",
     "tensorboard": "train",
+    "matplotlib": "train",
     "openvino": "cpu",
     "onnxruntime": "cpu",
     "jinja2": "report",
