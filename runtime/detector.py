@@ -11,7 +11,7 @@ from typing import Self
 
 import numpy as np
 
-from parkdet.runtime.backends.base import FinishingBackend, Precision, open_backend
+from parkdet.runtime.backends.base import FinishingBackend, Precision, open_backend, refuse_unfit_views
 from parkdet.runtime.canvas_choice import fit_letterbox
 from parkdet.runtime.detections import Detections
 from parkdet.runtime.errors import UsageError
@@ -19,7 +19,6 @@ from parkdet.runtime.geometry import ImageArray, Letterbox
 from parkdet.runtime.images import list_images, read_image
 from parkdet.runtime.model_spec import ModelSpec
 from parkdet.runtime.nms import NmsSettings
-from parkdet.runtime.pipeline import refuse_unfit_views
 from parkdet.runtime.post_processing import finish, post_process
 
 Picture = ImageArray | str | os.PathLike[str]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from parkdet.runtime.geometry import FloatArray
 from parkdet.runtime.model_spec import ModelSpec
-from parkdet.runtime.views import TTA_VIEWS, View, head_sources
+from parkdet.runtime.views import TTA_VIEWS, HeadSource, View, head_sources, heads_of_first_views
 
 RawHead = NDArray[np.floating[Any]]
 """One level's raw output of one view, (B, na, h, w, 5 + nc): x, y, w, h, objectness, classes before the sigmoid."""
@@ -30,8 +30,11 @@ def sigmoid(raw: NDArray[np.floating[Any]]) -> FloatArray:
 
 
 def check_heads(heads: Sequence[RawHead], spec: ModelSpec) -> None:
-    """ValueError unless the heads are those of the spec, each (B, na, h, w, 5 + nc) with the same B."""
-    sources = head_sources(len(spec.strides), spec.tta)
+    """ValueError unless the heads are those of the spec, each (B, na, h, w, 5 + nc) with the same B.
+
+    Of a test-time graph those of its first view or two are heads, too: a cheaper augmentation.
+    """
+    sources = _sources_of(heads, spec)
     if len(heads) != len(sources):
         of_views = f" in {len(TTA_VIEWS)} test-time views" if spec.tta else ""
         raise ValueError(
@@ -52,6 +55,12 @@ def check_heads(heads: Sequence[RawHead], spec: ModelSpec) -> None:
                 f"{source.name} has {head.shape[2]} x {head.shape[3]} cells; of a canvas of {canvas_hw[0]} x "
                 f"{canvas_hw[1]} it has {cells[0]} x {cells[1]}"
             )
+
+
+def _sources_of(heads: Sequence[RawHead], spec: ModelSpec) -> tuple[HeadSource, ...]:
+    sources = head_sources(len(spec.strides), spec.tta)
+    whole = [heads_of_first_views(len(spec.strides), views) for views in range(1, len(TTA_VIEWS) + 1)]
+    return sources[: len(heads)] if spec.tta and len(heads) in whole else sources
 
 
 def canvas_of_heads(heads: Sequence[RawHead], spec: ModelSpec) -> tuple[int, int]:
@@ -134,7 +143,7 @@ def _geometries(heads: Sequence[RawHead], spec: ModelSpec) -> list[_HeadGeometry
             view=source.view,
             canvas_width=width,
         )
-        for source, head in zip(head_sources(len(spec.strides), spec.tta), heads, strict=True)
+        for source, head in zip(_sources_of(heads, spec), heads, strict=True)
     ]
 
 

@@ -14,11 +14,11 @@ from parkdet.runtime.backends.compiled_cache import artifact_digest
 from parkdet.runtime.contest import ContestData
 from parkdet.runtime.errors import DataError, Interrupted, UsageError
 from parkdet.runtime.images import list_images
+from parkdet.runtime.loading import ImageItem
 from parkdet.runtime.model_spec import ModelSpec
 from parkdet.runtime.nms import NmsSettings
 from parkdet.runtime.pipeline import (
     STAGES,
-    ImageItem,
     Pipeline,
     PipelineReport,
     PipelineSettings,

@@ -2,21 +2,19 @@
 
 Threads decode and letterbox ahead in the order of the images; canvases of one size are gathered in batches;
 other threads run the model and then decode the heads and suppress, so that the model works on the next batch
-meanwhile. A shard is a stretch of the image list, written when all of it is done. Results do not depend on
-batch size, threads, or where an earlier run was interrupted.
+meanwhile. A shard is a stretch of the image list, written when all of it is done, while the next one is already
+in progress. Results do not depend on batch size, threads, or where an earlier run was interrupted.
 """
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -24,8 +22,7 @@ from parkdet.runtime.backends.base import Backend, FinishingBackend, available_c
 from parkdet.runtime.canvas_choice import fit_letterbox
 from parkdet.runtime.errors import DataError, UsageError
 from parkdet.runtime.geometry import ImageArray, Letterbox, xyxy_to_xywh
-from parkdet.runtime.images import read_image
-from parkdet.runtime.model_spec import ModelSpec
+from parkdet.runtime.loading import ImageItem, LoadedImage, ahead, load_image, single_threaded_cv2
 from parkdet.runtime.nms import NmsSettings
 from parkdet.runtime.post_processing import ProcessedImage, finish, post_process
 from parkdet.runtime.shards import CapCounts, FailedImage, ImageResult
@@ -37,25 +34,6 @@ _WAITING_BATCHES = 4
 """Canvases of rare sizes wait for company up to this many batches in all; then the oldest go as they are."""
 
 STAGES = ("decode", "letterbox", "model", "post", "write")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImageItem:
-    """One image to be done."""
-
-    image_id: int
-    file_name: str
-    path: Path | None
-    """None for one that is known to be missing."""
-    problem: str = "does not exist"
-    """Why there is no path."""
-
-    def file_bytes(self) -> int:
-        """Size of the file; -1 where there is none."""
-        try:
-            return -1 if self.path is None else self.path.stat().st_size
-        except OSError:
-            return -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +57,39 @@ class PipelineSettings:
                 raise UsageError(f"{name} must be at least 1, not {value}")
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """One way to run an image: by which graph, at which size."""
+
+    name: str
+    backend: Backend
+    imgsz: int
+    cost: float = 1.0
+    """What an image costs the model, relative to the other plans."""
+
+
+class PlanChooser(Protocol):
+    """Says by which of the plans the next image is run; asked when its decoding begins, in one thread."""
+
+    def next_plan(self, left: int) -> int | None:
+        """Index of the plan for the next image, `left` of which are not begun, it among them; None for none."""
+        ...
+
+    def finished(self, plan: int, images: int) -> None:
+        """So many images of a plan have a result, or could not be read."""
+        ...
+
+
+class _FirstPlan:
+    """Every image by the first plan."""
+
+    def next_plan(self, left: int) -> int | None:  # noqa: ARG002 - the protocol's signature
+        return 0
+
+    def finished(self, plan: int, images: int) -> None:
+        pass
+
+
 @dataclass(slots=True)
 class StageTimes:
     """Seconds of work by stage, summed over its threads, and over how many threads it could spread."""
@@ -100,42 +111,17 @@ class PipelineReport:
     failed: list[FailedImage] = field(default_factory=list)
     """Images of this run that could not be read."""
     interrupted: bool = False
+    out_of_time: bool = False
+    """Whether the chooser of plans left images undone."""
     seconds: float = 0.0
     times: StageTimes = field(default_factory=StageTimes)
-
-
-def refuse_unfit_views(spec: ModelSpec, asked: bool, where: str | os.PathLike[str]) -> None:
-    """UsageError unless the artifact makes the views that were asked for, and this version can merge them."""
-    if asked and not spec.tta:
-        raise UsageError(
-            f"{os.fspath(where)}: was exported without test-time augmentation; export again with --tta, "
-            "or run without it"
-        )
-    if spec.tta:
-        raise UsageError(
-            f"{os.fspath(where)}: makes the views of test-time augmentation, which this version does not run; "
-            "export again without --tta"
-        )
-
-
-@dataclass(slots=True)
-class _Loaded:
-    """An image ready for the backend, or the reason why not."""
-
-    item: ImageItem
-    pixels: ImageArray | None = None
-    """Its canvas; the decoded image where the backend letterboxes."""
-    letterbox: Letterbox | None = None
-    file_bytes: int = -1
-    reason: str = ""
-    decode_s: float = 0.0
-    letterbox_s: float = 0.0
 
 
 @dataclass(slots=True)
 class _Done:
     """A batch's results."""
 
+    plan: int
     images: list[tuple[ImageResult, CapCounts]]
     model_s: float
     post_s: float
@@ -144,15 +130,15 @@ class _Done:
 class Pipeline:
     """A backend with its settings, ready to work through a list of images into a store."""
 
-    def __init__(self, backend: Backend, settings: PipelineSettings) -> None:
-        refuse_unfit_views(backend.spec, False, backend.path)
-        self.backend = backend
-        self._finisher = backend if isinstance(backend, FinishingBackend) and not settings.keep_candidates else None
+    def __init__(self, backend: Backend, settings: PipelineSettings, plans: Sequence[Plan] = ()) -> None:
+        """`plans`: those that a chooser may choose from; the backend at the settings' size without it."""
+        self.plans = tuple(plans) or (Plan("", backend, settings.imgsz),)
         self.settings = settings
-        self._model_slots = threading.BoundedSemaphore(backend.parallel)
-        self._loaders = settings.loaders or min(available_cpus(), 16)
+        self.parallel = max(plan.backend.parallel for plan in self.plans)
+        self._model_slots = threading.BoundedSemaphore(self.parallel)
+        self.loaders = settings.loaders or min(available_cpus(), 16)
         # While some post-process, as many others keep the model busy.
-        self._runners = 2 * backend.parallel
+        self.runners = 2 * self.parallel
 
     def run(
         self,
@@ -161,6 +147,7 @@ class Pipeline:
         *,
         stop: threading.Event | None = None,
         on_progress: Callable[[int, int], None] | None = None,
+        chooser: PlanChooser | None = None,
     ) -> PipelineReport:
         """Do the images that the open store does not cover, shard by shard.
 
@@ -171,97 +158,91 @@ class Pipeline:
         _check_ids(items)
         covered = store.covered
         todo = [item for item in items if item.image_id not in covered]
-        report = PipelineReport()
-        report.times.lanes.update(
-            decode=self._loaders, letterbox=self._loaders, model=self.backend.parallel, post=self._runners
-        )
+        run = _Run(self, store, todo, stop or threading.Event(), on_progress, chooser or _FirstPlan())
         started = time.perf_counter()
         with (
-            _single_threaded_cv2(),
-            ThreadPoolExecutor(self._loaders, "loader") as loaders,
-            ThreadPoolExecutor(self._runners, "runner") as runners,
+            single_threaded_cv2(),
+            ThreadPoolExecutor(self.loaders, "loader") as loaders,
+            ThreadPoolExecutor(self.runners, "runner") as runners,
         ):
-            run = _Run(self, store, report, stop or threading.Event(), on_progress, len(todo), runners)
-            loading = _ahead(loaders, self._load, todo, self._loaders + 2 * self.settings.batch_size)
-            step = self.settings.shard_images or _SHARD_IMAGES[self.settings.keep_candidates]
-            for start in range(0, len(todo), step):
-                if run.stop.is_set():
-                    break
-                run.shard(todo[start : start + step], loading)
-            loading.close()
-        report.interrupted = run.stop.is_set() and report.done + len(report.failed) < len(todo)
+            run.work(loaders, runners)
+        report = run.report
+        left = report.done + len(report.failed) < len(todo)
+        report.interrupted = run.stop.is_set() and left
+        report.out_of_time = left and not report.interrupted
         report.seconds = time.perf_counter() - started
         return report
 
-    def _load(self, item: ImageItem) -> _Loaded:
-        import cv2
-
-        started = time.perf_counter()
-        if item.path is None:
-            return _Loaded(item, reason=item.problem)
-        try:
-            file_bytes = item.file_bytes()
-            image = read_image(item.path)
-        except DataError as error:
-            return _Loaded(item, reason=str(error).removeprefix(f"{item.path}: "))
-        decoded = time.perf_counter()
-        letterbox = fit_letterbox((image.shape[0], image.shape[1]), self.settings.imgsz, self.backend)
-        try:
-            pixels = letterbox.apply(image) if self._finisher is None else image
-        except (cv2.error, MemoryError) as error:
-            return _Loaded(item, reason=f"cannot be scaled ({str(error).strip() or 'out of memory'})")
-        return _Loaded(
-            item,
-            pixels,
-            letterbox,
-            file_bytes=file_bytes,
-            decode_s=decoded - started,
-            letterbox_s=time.perf_counter() - decoded,
+    def load(self, job: tuple[ImageItem, int]) -> LoadedImage:
+        """Decode one image and put it on the canvas of its plan."""
+        item, plan = job
+        backend, imgsz = self.plans[plan].backend, self.plans[plan].imgsz
+        return load_image(
+            item, plan, lambda image_hw: fit_letterbox(image_hw, imgsz, backend), self._finisher(plan) is None
         )
 
-    def _run_batch(self, batch: list[_Loaded]) -> _Done:
+    def run_batch(self, batch: list[LoadedImage]) -> _Done:
+        """Detections of images that share a plan and a canvas."""
+        plan = batch[0].plan
         letterboxes = [loaded.letterbox for loaded in batch if loaded.letterbox is not None]
-        finished, model_s, post_s = self._detect([_taken(loaded) for loaded in batch], letterboxes)
+        finished, model_s, post_s = self._detect(plan, [loaded.take_pixels() for loaded in batch], letterboxes)
         started = time.perf_counter()
-        spec = self.backend.spec
-        category_ids = np.array(spec.category_ids, np.int32)
+        category_ids = np.array(self.plans[plan].backend.spec.category_ids, np.int32)
+        keeps, nms = self.settings.keep_candidates, self.settings.nms
         images = []
         for loaded, letterbox, image in zip(batch, letterboxes, finished, strict=True):
-            detections = image.detections
+            image_id, found = loaded.item.image_id, image.detections
             result = ImageResult(
-                image_id=loaded.item.image_id,
+                image_id=image_id,
                 file_bytes=loaded.file_bytes,
-                xywh=np.asarray(xyxy_to_xywh(detections.xyxy), np.float32),
-                scores=detections.scores,
-                category_ids=category_ids[detections.class_ids],
-                candidates=image.kept(loaded.item.image_id, letterbox, self.settings.nms, category_ids)
-                if self.settings.keep_candidates
-                else None,
+                xywh=np.asarray(xyxy_to_xywh(found.xyxy), np.float32),
+                scores=found.scores,
+                category_ids=category_ids[found.class_ids],
+                plan=self.plans[plan].name,
+                candidates=image.kept(image_id, letterbox, nms, category_ids) if keeps else None,
             )
             images.append((result, image.caps))
-        return _Done(images, model_s, post_s + time.perf_counter() - started)
+        return _Done(plan, images, model_s, post_s + time.perf_counter() - started)
 
     def _detect(
-        self, pixels: list[ImageArray], letterboxes: list[Letterbox]
+        self, plan: int, pixels: list[ImageArray], letterboxes: list[Letterbox]
     ) -> tuple[list[ProcessedImage], float, float]:
         """What was found on a batch, in image pixels, and the seconds that model and post-processing took."""
         nms = self.settings.nms
-        if self._finisher is not None:
+        if (finisher := self._finisher(plan)) is not None:
             with self._model_slots:
                 started = time.perf_counter()
-                on_canvas = self._finisher.detect(pixels, letterboxes, nms)
+                on_canvas = finisher.detect(pixels, letterboxes, nms)
                 modelled = time.perf_counter()
             found = [finish(*one, letterbox) for one, letterbox in zip(on_canvas, letterboxes, strict=True)]
         else:
+            backend = self.plans[plan].backend
             canvases = np.stack(pixels)
             pixels.clear()
             with self._model_slots:
                 started = time.perf_counter()
-                heads = self.backend.infer(canvases)
+                heads = backend.infer(canvases)
                 modelled = time.perf_counter()
             del canvases
-            found = post_process(heads, self.backend.spec, nms, letterboxes)
+            found = post_process(heads, backend.spec, nms, letterboxes)
         return found, modelled - started, time.perf_counter() - modelled
+
+    def _finisher(self, plan: int) -> FinishingBackend | None:
+        """The plan's backend where it is to letterbox and suppress by itself: it gives no candidates."""
+        backend = self.plans[plan].backend
+        return backend if isinstance(backend, FinishingBackend) and not self.settings.keep_candidates else None
+
+
+@dataclass(slots=True)
+class _OpenShard:
+    """A stretch of the image list that is in progress."""
+
+    items: list[ImageItem]
+    results: dict[int, tuple[ImageResult, CapCounts]] = field(default_factory=dict)
+    failed: list[FailedImage] = field(default_factory=list)
+
+    def is_complete(self) -> bool:
+        return len(self.results) + len(self.failed) == len(self.items)
 
 
 class _Run:
@@ -271,56 +252,81 @@ class _Run:
         self,
         pipeline: Pipeline,
         store: RunStore,
-        report: PipelineReport,
+        todo: list[ImageItem],
         stop: threading.Event,
         on_progress: Callable[[int, int], None] | None,
-        total: int,
-        runners: ThreadPoolExecutor,
+        chooser: PlanChooser,
     ) -> None:
         self.pipeline = pipeline
         self.store = store
-        self.report = report
+        self.todo = todo
         self.stop = stop
         self.on_progress = on_progress
-        self.total = total
-        self.runners = runners
+        self.chooser = chooser
+        self.report = PipelineReport()
+        self.report.times.lanes.update(
+            decode=pipeline.loaders, letterbox=pipeline.loaders, model=pipeline.parallel, post=pipeline.runners
+        )
+        step = pipeline.settings.shard_images or _SHARD_IMAGES[pipeline.settings.keep_candidates]
+        self.shard_images = step
+        self.shards = deque(_OpenShard(todo[start : start + step]) for start in range(0, len(todo), step))
+        self.shard_of: dict[int, _OpenShard] = {}
+        self.groups: OrderedDict[tuple[int, tuple[int, int]], list[LoadedImage]] = OrderedDict()
         self.in_flight: set[Future[_Done]] = set()
-        self.results: dict[int, tuple[ImageResult, CapCounts]] = {}
-        self.failed: list[FailedImage] = []
 
-    def shard(self, items: list[ImageItem], loading: Iterator[_Loaded]) -> None:
-        """Do a stretch of the list and write its shard; on an error or a stop, what there is of it."""
-        groups: OrderedDict[tuple[int, int], list[_Loaded]] = OrderedDict()
-        batch_size = self.pipeline.settings.batch_size
-        self.results, self.failed = {}, []
+    def work(self, loaders: ThreadPoolExecutor, runners: ThreadPoolExecutor) -> None:
+        """Do the images and write their shards; on an error or a stop, what is finished of them."""
+        window = self.pipeline.loaders + 2 * self.pipeline.settings.batch_size
+        loading = ahead(loaders, self.pipeline.load, self._jobs(), window)
         try:
-            for _ in items:
+            for number, loaded in enumerate(loading):
                 if self.stop.is_set():
-                    groups.clear()
                     break
-                loaded = next(loading)
-                self._count_loading(loaded)
-                if loaded.letterbox is None:
-                    self._fail(loaded)
-                    continue
-                canvas = loaded.letterbox.canvas_hw
-                group = groups.setdefault(canvas, [])
-                group.append(loaded)
-                if len(group) == batch_size:
-                    self._start(groups.pop(canvas))
-                elif sum(map(len, groups.values())) >= _WAITING_BATCHES * batch_size:
-                    self._start(groups.popitem(last=False)[1])
-            for rest in groups.values():
-                if not self.stop.is_set():
-                    self._start(rest)
+                if number % self.shard_images == 0:
+                    # A rare canvas must not hold back the shard that it belongs to.
+                    self._start_all(runners)
+                self._gather(loaded, runners)
+            if not self.stop.is_set():
+                self._start_all(runners)
             self._collect(0)
         finally:
+            loading.close()
             self._salvage()
-            self._write(items)
+            self._write_rest()
 
-    def _start(self, batch: list[_Loaded]) -> None:
-        self._collect(self.pipeline._runners - 1)
-        self.in_flight.add(self.runners.submit(self.pipeline._run_batch, batch))
+    def _jobs(self) -> Iterator[tuple[ImageItem, int]]:
+        """Image by image as its turn to be decoded comes, with the plan that is chosen then."""
+        shards = iter(tuple(self.shards))
+        for number, item in enumerate(self.todo):
+            if self.stop.is_set() or (plan := self.chooser.next_plan(len(self.todo) - number)) is None:
+                return
+            if number % self.shard_images == 0:
+                shard = next(shards)
+            self.shard_of[item.image_id] = shard
+            yield item, plan
+
+    def _gather(self, loaded: LoadedImage, runners: ThreadPoolExecutor) -> None:
+        times, batch_size = self.report.times.seconds, self.pipeline.settings.batch_size
+        times["decode"] += loaded.decode_s
+        times["letterbox"] += loaded.letterbox_s
+        if loaded.letterbox is None:
+            self._fail(loaded)
+            return
+        key = (loaded.plan, loaded.letterbox.canvas_hw)
+        group = self.groups.setdefault(key, [])
+        group.append(loaded)
+        if len(group) == batch_size:
+            self._start(self.groups.pop(key), runners)
+        elif sum(map(len, self.groups.values())) >= _WAITING_BATCHES * batch_size:
+            self._start(self.groups.popitem(last=False)[1], runners)
+
+    def _start_all(self, runners: ThreadPoolExecutor) -> None:
+        while self.groups:
+            self._start(self.groups.popitem(last=False)[1], runners)
+
+    def _start(self, batch: list[LoadedImage], runners: ThreadPoolExecutor) -> None:
+        self._collect(self.pipeline.runners - 1)
+        self.in_flight.add(runners.submit(self.pipeline.run_batch, batch))
 
     def _collect(self, leave: int) -> None:
         """Take in finished batches until at most `leave` are in progress. Raises what a batch raised."""
@@ -328,6 +334,7 @@ class _Run:
             finished, self.in_flight = wait(self.in_flight, return_when=FIRST_COMPLETED)
             for future in finished:
                 self._take(future.result())
+            self._write_complete()
 
     def _salvage(self) -> None:
         """After an error: the batches still in progress may be sound."""
@@ -337,62 +344,43 @@ class _Run:
         self.in_flight = set()
 
     def _take(self, done: _Done) -> None:
-        self.results.update((result.image_id, (result, caps)) for result, caps in done.images)
+        for result, caps in done.images:
+            self.shard_of.pop(result.image_id).results[result.image_id] = result, caps
         self.report.times.seconds["model"] += done.model_s
         self.report.times.seconds["post"] += done.post_s
         self.report.done += len(done.images)
-        self._tell()
+        self._tell(done.plan, len(done.images))
 
-    def _fail(self, loaded: _Loaded) -> None:
+    def _fail(self, loaded: LoadedImage) -> None:
         item = loaded.item
         failed = FailedImage(image_id=item.image_id, file_name=item.file_name, reason=loaded.reason)
-        self.failed.append(failed)
+        self.shard_of.pop(item.image_id).failed.append(failed)
         self.report.failed.append(failed)
-        self._tell()
+        self._tell(loaded.plan, 1)
 
-    def _count_loading(self, loaded: _Loaded) -> None:
-        self.report.times.seconds["decode"] += loaded.decode_s
-        self.report.times.seconds["letterbox"] += loaded.letterbox_s
-
-    def _tell(self) -> None:
+    def _tell(self, plan: int, images: int) -> None:
+        self.chooser.finished(plan, images)
         if self.on_progress is not None:
-            self.on_progress(self.report.done + len(self.report.failed), self.total)
+            self.on_progress(self.report.done + len(self.report.failed), len(self.todo))
 
-    def _write(self, items: list[ImageItem]) -> None:
+    def _write_complete(self) -> None:
+        while self.shards and self.shards[0].is_complete():
+            self._write(self.shards.popleft())
+
+    def _write_rest(self) -> None:
+        while self.shards:
+            self._write(self.shards.popleft())
+
+    def _write(self, shard: _OpenShard) -> None:
         """Store what is finished, in the order of the list. Failures on record already need no shard."""
-        finished = [self.results[item.image_id] for item in items if item.image_id in self.results]
+        finished = [shard.results[item.image_id] for item in shard.items if item.image_id in shard.results]
         on_record = self.store.failed
-        if not finished and all(failed in on_record for failed in self.failed):
+        if not finished and all(failed in on_record for failed in shard.failed):
             return
         started = time.perf_counter()
         caps = sum((caps for _, caps in finished), CapCounts())
-        self.store.write([result for result, _ in finished], self.failed, caps)
+        self.store.write([result for result, _ in finished], shard.failed, caps)
         self.report.times.seconds["write"] += time.perf_counter() - started
-
-
-def _ahead(
-    pool: ThreadPoolExecutor, load: Callable[[ImageItem], _Loaded], items: Sequence[ImageItem], window: int
-) -> Generator[_Loaded]:
-    """Results of `load` in the order of the items, at most `window` of them begun and not yet taken."""
-    waiting: deque[Future[_Loaded]] = deque()
-    upcoming = iter(items)
-    try:
-        for item in upcoming:
-            waiting.append(pool.submit(load, item))
-            if len(waiting) >= window:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        for future in waiting:
-            future.cancel()
-
-
-def _taken(loaded: _Loaded) -> ImageArray:
-    """The pixels, handed over: a batch in progress must not hold them twice."""
-    pixels, loaded.pixels = loaded.pixels, None
-    assert pixels is not None
-    return pixels
 
 
 def _check_ids(items: Sequence[ImageItem]) -> None:
@@ -404,16 +392,3 @@ def _check_ids(items: Sequence[ImageItem]) -> None:
                 "a prediction could not say which it is for"
             )
         seen[item.image_id] = item.file_name
-
-
-@contextmanager
-def _single_threaded_cv2() -> Iterator[None]:
-    """OpenCV without threads of its own: whole images are spread over ours."""
-    import cv2
-
-    before = cv2.getNumThreads()
-    cv2.setNumThreads(1)
-    try:
-        yield
-    finally:
-        cv2.setNumThreads(before)

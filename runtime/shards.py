@@ -43,6 +43,8 @@ class ImageResult:
     """(N,)"""
     category_ids: NDArray[np.int32]
     """(N,): the data set's own ids."""
+    plan: str = ""
+    """By which of several plans it was run; empty where there is one only."""
     candidates: ImageCandidates | None = None
     """What entered NMS, where the run keeps it."""
 
@@ -89,6 +91,8 @@ class Shard:
     failed: tuple[FailedImage, ...]
     caps: CapCounts
     rows: int
+    plans: dict[str, tuple[int, ...]]
+    """Covered images by the plan that they were run by; empty where there was one only."""
 
 
 def shard_paths(folder: Path) -> list[Path]:
@@ -160,6 +164,7 @@ def read_shard(path: Path) -> Shard:
             tuple(FailedImage(**image) for image in values["failed"]),
             CapCounts(**values["caps"]),
             table.num_rows,
+            {str(plan): tuple(map(int, ids)) for plan, ids in values.get("plans", {}).items()},
         )
     except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path}: its description of itself is damaged ({error})") from error
@@ -197,6 +202,7 @@ def write_shard(
         tuple(failed),
         caps,
         sum(counts),
+        _by_plan(results),
     )
     description = {
         "version": _VERSION,
@@ -205,9 +211,15 @@ def write_shard(
         "file_bytes": shard.file_bytes,
         "failed": [asdict(image) for image in failed],
         "caps": asdict(caps),
+        "plans": shard.plans,
     }
     write_table(path, _SCHEMA, columns, {SHARD_KEY: json.dumps(description)})
     return shard
+
+
+def _by_plan(results: Sequence[ImageResult]) -> dict[str, tuple[int, ...]]:
+    plans = dict.fromkeys(result.plan for result in results if result.plan)
+    return {plan: tuple(result.image_id for result in results if result.plan == plan) for plan in plans}
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -53,6 +53,8 @@ class _Contents:
     failed: dict[int, FailedImage] = field(default_factory=dict)
     caps: CapCounts = field(default_factory=CapCounts)
     rows: int = 0
+    plans: dict[str, int] = field(default_factory=dict)
+    """Images by the plan that they were run by."""
 
     def add(self, shard: Shard) -> None:
         self.shards.append(shard)
@@ -62,6 +64,8 @@ class _Contents:
             del self.failed[image_id]
         self.caps += shard.caps
         self.rows += shard.rows
+        for plan, ids in shard.plans.items():
+            self.plans[plan] = self.plans.get(plan, 0) + len(ids)
 
 
 class RunStore:
@@ -111,6 +115,11 @@ class RunStore:
     def detections(self) -> int:
         """Rows of all shards."""
         return self._contents.rows
+
+    @property
+    def plans(self) -> dict[str, int]:
+        """Images by the plan that they were run by; empty where there was one only."""
+        return dict(self._contents.plans)
 
     def __enter__(self) -> Self:
         folder = self.run_folder / FOLDER
@@ -260,6 +269,16 @@ def failed_images(run: str | os.PathLike[str]) -> list[FailedImage]:
     for shard in sound_shards(run):
         contents.add(shard)
     return [image for _, image in sorted(contents.failed.items())]
+
+
+def plans_of_images(run: str | os.PathLike[str]) -> dict[int, str]:
+    """By which plan each covered image was run; empty where there was one only. Raises as `read_predictions`."""
+    return {
+        image_id: plan
+        for shard in _sound_shards(run)
+        for plan, image_ids in shard.plans.items()
+        for image_id in image_ids
+    }
 
 
 def read_fingerprint(run: str | os.PathLike[str]) -> dict[str, Any] | None:

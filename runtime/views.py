@@ -69,3 +69,8 @@ def head_sources(levels: int, tta: bool) -> tuple[HeadSource, ...]:
         for number, view in enumerate(TTA_VIEWS)
         for level in view.levels(levels)
     )
+
+
+def heads_of_first_views(levels: int, views: int) -> int:
+    """How many of a test-time graph's heads, from the first on, are those of its first `views` views."""
+    return sum(len(view.levels(levels)) for view in TTA_VIEWS[:views])

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from parkdet.runtime.errors import ArtifactError, ParkdetError, UsageError
 from parkdet.runtime.geometry import FloatArray, ImageArray, Letterbox
 from parkdet.runtime.model_spec import SPEC_KEY, ModelSpec, TensorSpec
+from parkdet.runtime.views import TTA_VIEWS, head_sources, heads_of_first_views
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,6 +43,8 @@ class BackendOptions:
     goal: Goal = "throughput"
     precision: Precision | None = None
     """None: the fastest one that the project's parity limits allow on this device."""
+    views: int | None = None
+    """Of a test-time graph the first so many views only; all of them when None."""
 
 
 class Backend(Protocol):
@@ -221,6 +224,7 @@ def open_backend(
     threads: int | None = None,
     goal: Goal = "throughput",
     precision: Precision | None = None,
+    views: int | None = None,
 ) -> GraphBackend:
     """Open an artifact: `.onnx`, or an OpenVINO `.xml` or the folder of one.
 
@@ -228,6 +232,7 @@ def open_backend(
     `device`: `cpu`, or `cuda`, `cuda:1`, `1`; by default the backend's own. `threads` is the model's share of
     the processor, by default all of the process's CPU set. `goal` is what to be fast at: many images, or one at a
     time; the numbers are the same. `precision`: by default bf16 where the processor computes in it, else fp32.
+    `views`: of a graph with test-time augmentation compute only the first so many views.
     UsageError for what the caller named wrongly; ArtifactError for a file that is empty, damaged or does not
     describe itself.
     """
@@ -239,7 +244,9 @@ def open_backend(
         raise UsageError(f"precision '{precision}' is not one of {', '.join(PRECISIONS)}")
     artifact = resolve_artifact(path)
     name, on = _choose(artifact, backend, device)
-    options = BackendOptions(device=on, threads=threads or available_cpus(), goal=goal, precision=precision)
+    options = BackendOptions(
+        device=on, threads=threads or available_cpus(), goal=goal, precision=precision, views=views
+    )
     module, _, class_name = _BACKENDS[name].home.partition(":")
     opener: type[GraphBackend] = getattr(import_module(module), class_name)
     try:
@@ -292,6 +299,11 @@ def available_cpus() -> int:
     return os.cpu_count() or 1
 
 
+def heads_to_compute(spec: ModelSpec, views: int | None) -> int | None:
+    """How many of the graph's outputs, from the first on, are wanted; None for all."""
+    return None if views is None or not spec.tta else heads_of_first_views(len(spec.strides), views)
+
+
 def spec_from_metadata(path: Path, metadata: dict[str, str]) -> ModelSpec:
     """The model spec in an artifact's metadata; ArtifactError with the remedy when it has none."""
     text = metadata.get(SPEC_KEY)
@@ -304,6 +316,11 @@ def spec_from_metadata(path: Path, metadata: dict[str, str]) -> ModelSpec:
 
 def check_graph(path: Path, spec: ModelSpec, inputs: list[TensorSpec], outputs: list[TensorSpec]) -> None:
     """ArtifactError unless the graph takes uint8 (B, H, W, 3) and returns the raw heads of its spec."""
+    if spec.input_format != "uint8-nhwc" or spec.head != "raw":
+        raise ArtifactError(
+            f"{path}: was exported for other tools (input {spec.input_format}, head {spec.head}); parkdet runs graphs "
+            "that take uint8 images and give raw heads: run 'parkdet export' again without --input and --head"
+        )
     takes = ", ".join(f"{i.dtype} {i.shape}" for i in inputs)
     image = inputs[0] if len(inputs) == 1 else None
     if image is None or image.dtype != "uint8" or len(image.shape) != 4 or image.shape[3] not in (3, -1):
@@ -311,20 +328,28 @@ def check_graph(path: Path, spec: ModelSpec, inputs: list[TensorSpec], outputs: 
             f"{path}: takes {takes}, parkdet runs graphs that take uint8 (B, H, W, 3); "
             "run 'parkdet export' again without --input"
         )
-    if spec.tta:
-        # Heads of three views, some levels dropped: their number is the exporter's.
-        return
     per_cell, channels = (-1, spec.anchors_per_cell), (-1, spec.num_outputs)
-    fits = len(outputs) == len(spec.strides) and all(
+    heads = len(head_sources(len(spec.strides), spec.tta))
+    fits = len(outputs) == heads and all(
         len(head.shape) == 5 and head.shape[1] in per_cell and head.shape[4] in channels
         and head.dtype in ("float32", "float16")
         for head in outputs
     )  # fmt: skip
     if not fits:
         returns = ", ".join(f"{o.dtype} {o.shape}" for o in outputs)
+        views = f" in {len(TTA_VIEWS)} test-time views" if spec.tta else ""
         raise ArtifactError(
-            f"{path}: returns {returns}; its spec has {len(spec.strides)} levels of raw heads "
+            f"{path}: returns {returns}; its spec has {len(spec.strides)} levels{views}, {heads} raw heads "
             f"(B, {spec.anchors_per_cell}, h, w, {spec.num_outputs}); run 'parkdet export' again without --head"
+        )
+
+
+def refuse_unfit_views(spec: ModelSpec, asked: bool, where: str | os.PathLike[str]) -> None:
+    """UsageError where test-time augmentation is asked of an artifact that was exported without it."""
+    if asked and not spec.tta:
+        raise UsageError(
+            f"{os.fspath(where)}: was exported without test-time augmentation; export the checkpoint again with "
+            "--tta, or run without it"
         )
 
 

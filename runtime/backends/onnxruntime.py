@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from parkdet.runtime.backends.base import BackendOptions, GraphBackend, spec_from_metadata
+from parkdet.runtime.backends.base import BackendOptions, GraphBackend, heads_to_compute, spec_from_metadata
 from parkdet.runtime.backends.onnx_file import read_onnx_metadata
 from parkdet.runtime.errors import ArtifactError, UsageError
 from parkdet.runtime.geometry import ImageArray
@@ -68,10 +68,12 @@ class OnnxRuntimeBackend(GraphBackend):
             [_tensor_spec(tensor) for tensor in session.get_outputs()],
         )
         self._input = session.get_inputs()[0].name
+        wanted = heads_to_compute(spec, options.views)
+        self._outputs = [tensor.name for tensor in session.get_outputs()][:wanted]
         self._session: Any = session
 
     def _run(self, images: ImageArray) -> list[NDArray[np.floating[Any]]]:
-        heads: list[NDArray[np.floating[Any]]] = self._session.run(None, {self._input: images})
+        heads: list[NDArray[np.floating[Any]]] = self._session.run(self._outputs, {self._input: images})
         return heads
 
     def _release(self) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from parkdet.runtime.backends.base import BackendOptions, GraphBackend, Precision, spec_from_metadata
+from parkdet.runtime.backends.base import BackendOptions, GraphBackend, Precision, heads_to_compute, spec_from_metadata
 from parkdet.runtime.backends.compiled_cache import CompiledCache, artifact_digest
 from parkdet.runtime.backends.onnx_file import read_onnx_metadata
 from parkdet.runtime.errors import ArtifactError, UsageError
@@ -72,6 +72,7 @@ class OpenVinoBackend(GraphBackend):
             # Decoding and post-processing share the processors; pinned threads could not make room.
             "ENABLE_CPU_PINNING": False,
         }
+        self._wanted = heads_to_compute(spec, options.views)
         self._lock = threading.Lock()
         self._compiled: OrderedDict[tuple[int, ...], SimpleQueue[openvino.InferRequest]] = OrderedDict()
 
@@ -113,6 +114,7 @@ class OpenVinoBackend(GraphBackend):
             "openvino": ov.get_version(),
             "processor": self._core.get_property("CPU", "FULL_DEVICE_NAME"),
             "capabilities": sorted(self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")),
+            "heads": self._wanted,
             "revision": _GRAPH_REVISION,
         }
         if (blob := self._cache.load(key)) is not None:
@@ -123,6 +125,8 @@ class OpenVinoBackend(GraphBackend):
         if self._model is None:
             self._model = self._core.read_model(self.path)
         model = self._model.clone()
+        if self._wanted is not None:
+            model = ov.Model(model.get_results()[: self._wanted], model.get_parameters(), model.get_name())
         model.reshape({model.input(0): list(shape)})
         compiled = self._core.compile_model(_with_float_heads(model), "CPU", self._settings)
         self._cache.store(key, compiled.export_model().getvalue())

@@ -15,8 +15,9 @@ from parkdet.runtime.canvas_choice import fit_letterbox
 from parkdet.runtime.detections import Detections
 from parkdet.runtime.geometry import FloatArray, ImageArray, Letterbox
 from parkdet.runtime.heads import decode_candidates
+from parkdet.runtime.loading import ImageItem
 from parkdet.runtime.nms import NmsCounts, NmsSettings, suppress
-from parkdet.runtime.pipeline import ImageItem, Pipeline, PipelineSettings
+from parkdet.runtime.pipeline import Pipeline, PipelineSettings
 from parkdet.runtime.store import RunStore, read_predictions
 
 SIZES = ((60, 90), (90, 60), (60, 90), (50, 50), (300, 40), (45, 96))

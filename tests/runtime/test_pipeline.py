@@ -18,8 +18,9 @@ from parkdet.runtime.canvas_choice import fit_letterbox
 from parkdet.runtime.errors import ArtifactError, DataError, ParkdetError, UsageError
 from parkdet.runtime.geometry import FloatArray, ImageArray, Letterbox, areas, xyxy_to_xywh
 from parkdet.runtime.heads import decode_heads
+from parkdet.runtime.loading import ImageItem
 from parkdet.runtime.nms import NmsSettings, non_max_suppression
-from parkdet.runtime.pipeline import ImageItem, Pipeline, PipelineReport, PipelineSettings
+from parkdet.runtime.pipeline import Pipeline, PipelineReport, PipelineSettings
 from parkdet.runtime.store import RunStore, covered_images, failed_images, read_predictions
 
 SIZES = ((60, 90), (90, 60), (60, 90), (50, 50), (1, 1), (300, 40), (90, 60), (60, 90), (45, 96), (60, 90), (7, 3))
@@ -293,11 +294,6 @@ def test_an_image_fits_the_one_canvas_of_a_graph_of_fixed_size(tiny_model: Any, 
     assert height <= 64
     assert width <= 96
     assert max(height / 64, width / 96) > 0.9  # as large as fits
-
-
-def test_views_that_do_not_fit_the_artifact_are_refused(random_tiny_model: Callable[..., Any]) -> None:
-    with pytest.raises(UsageError, match="export again without --tta"):
-        Pipeline(NumpyBackend(random_tiny_model(tta=True)), PipelineSettings(imgsz=96))
 
 
 @pytest.mark.parametrize("wrong", [{"imgsz": 0}, {"batch_size": 0}, {"shard_images": 0}])
