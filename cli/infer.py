@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,12 @@ import click
 from parkdet.runtime.cli import infer as infer_artifact
 
 
-def exported(checkpoint: Path, images: Path | None) -> Path:
-    """The ONNX file of a checkpoint, beside it: the one that is there if it is of this very file, else a new one."""
-    from parkdet.export.config import ExportOptions
+def exported(checkpoint: Path, images: Path | None, tta: bool = False) -> Path:
+    """The ONNX file of a checkpoint, beside it: the one that is there if it is of this very file, else a new one.
+
+    `best.onnx`, with test-time augmentation `best.tta.onnx`.
+    """
+    from parkdet.export.config import ExportOptions, GraphOptions
     from parkdet.export.exporter import export_onnx
     from parkdet.runtime.backends.base import open_backend
     from parkdet.runtime.errors import ParkdetError, UsageError
@@ -22,18 +26,18 @@ def exported(checkpoint: Path, images: Path | None) -> Path:
     if not checkpoint.is_file():
         found = "is not a file" if checkpoint.exists() else "there is no such file"
         raise UsageError(f"{checkpoint}: {found}; name the checkpoint that 'parkdet train' printed")
-    artifact = checkpoint.with_suffix(".onnx")
+    artifact = checkpoint.with_suffix(".tta.onnx" if tta else ".onnx")
     if artifact.is_file():
         try:
             with open_backend(artifact) as backend:
-                same = backend.spec.checkpoint_sha256 == file_sha256(checkpoint)
+                same = backend.spec.checkpoint_sha256 == file_sha256(checkpoint) and backend.spec.tta == tta
         except ParkdetError as error:
             click.echo(f"{error}; exporting again", err=True)
             same = False
         if same:
             click.echo(f"{artifact} was exported from this checkpoint and is used", err=True)
             return artifact
-    options = ExportOptions(weights=checkpoint, calibration=images)
+    options = ExportOptions(weights=checkpoint, calibration=images, output=artifact, graph=GraphOptions(tta=tta))
     return export_onnx(options, say=lambda line: click.echo(line, err=True))
 
 
@@ -50,8 +54,12 @@ def _images_of(options: dict[str, Any]) -> Path | None:
 
 def _infer(**options: Any) -> None:
     weights: Path = options.pop("weights")
+    options["started"] = time.monotonic()
     if weights.suffix.lower() == ".pt":
-        weights = exported(weights, _images_of(options))
+        images, tta = _images_of(options), bool(options["tta"])
+        if tta and options["deadline"] is not None:
+            exported(weights, images)  # what there is to step down to
+        weights = exported(weights, images, tta)
     click.get_current_context().invoke(infer_artifact, weights=weights, **options)
 
 

@@ -7,6 +7,12 @@ from pathlib import Path
 import click
 
 
+def _seconds(_context: click.Context, _parameter: click.Parameter, value: str | None) -> float | None:
+    from parkdet.runtime.deadline import parse_duration
+
+    return None if value is None else parse_duration(value)
+
+
 @click.command("infer", short_help="Detect objects in images: weights and images to predictions.")
 @click.option(
     "--weights",
@@ -41,6 +47,24 @@ import click
     default=1,
     show_default=True,
     help="Images a call of the model. On the CPU 1 is as fast as more: several calls run side by side.",
+)
+@click.option(
+    "--tta", is_flag=True, help="Test-time augmentation: three scales. The model must be exported with --tta."
+)
+@click.option(
+    "--deadline",
+    callback=_seconds,
+    metavar="TIME",
+    help="Every image has a result in this time (3h, 45m, 90s): cheaper plans are used when the best is too slow.",
+)
+@click.option(
+    "--fallback",
+    "fallbacks",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="With --deadline: a cheaper exported model to step down to; may be repeated, best first.  "
+    "[default: the one of the same checkpoint without --tta beside --weights]",
 )
 @click.option(
     "--conf-thres",
@@ -98,7 +122,7 @@ def infer(
     begins a new one. Other settings or images get a new folder: exp, exp2, exp3, ...
 
     Exit code: 0 done, 1 done but for images that could not be read, or the folder is in use,
-    2 usage, 130 interrupted with the work so far saved.
+    2 usage, 3 the deadline came before the last image, 130 interrupted with the work so far saved.
     """
     from parkdet.runtime.inference import InferOptions, run_inference
 

@@ -71,6 +71,8 @@ class DeadlinePlanner:
     clock: Callable[[], float] = time.monotonic
     reserve: float = 0.0
     """Seconds before the deadline that writing and ending take."""
+    on_step: Callable[[int], None] = lambda _: None
+    """Told the plan when it steps down."""
     current: int = 0
     """The plan in use."""
     _plans: list[_Measured] = field(init=False)
@@ -147,6 +149,7 @@ class DeadlinePlanner:
             if committed + own + (left - 1) * rest * (1 + margin) <= time_left:
                 return self.current
             self.current += 1
+            self.on_step(self.current)
 
     def _trial(self) -> int | None:
         """A plan that the decision rests on and that is not yet tried: the next cheaper one, and the cheapest."""

@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
-from parkdet.runtime.backends.base import Backend, Precision, open_backend, resolve_artifact
+from parkdet.runtime.backends.base import Precision, refuse_unfit_views, resolve_artifact
 from parkdet.runtime.backends.compiled_cache import artifact_digest
 from parkdet.runtime.contest import ContestData
-from parkdet.runtime.errors import DataError, Interrupted, UsageError
+from parkdet.runtime.deadline import DeadlinePlanner
+from parkdet.runtime.errors import UsageError
+from parkdet.runtime.image_names import Match
 from parkdet.runtime.images import list_images
+from parkdet.runtime.inference_report import InferReport
 from parkdet.runtime.loading import ImageItem
 from parkdet.runtime.model_spec import ModelSpec
 from parkdet.runtime.nms import NmsSettings
-from parkdet.runtime.pipeline import (
-    STAGES,
-    Pipeline,
-    PipelineReport,
-    PipelineSettings,
-)
+from parkdet.runtime.pipeline import Pipeline, PipelineSettings, Plan
+from parkdet.runtime.plans import open_plans
 from parkdet.runtime.run_folder import next_run_folder
-from parkdet.runtime.shards import CapCounts, FailedImage, write_atomically
+from parkdet.runtime.shards import write_atomically
 from parkdet.runtime.split import split_ids
 from parkdet.runtime.store import (
     Fingerprint,
@@ -35,9 +37,7 @@ from parkdet.runtime.store import (
     recorded_file_bytes,
 )
 from parkdet.runtime.terminal import progress, quiet_decoders, stop_signals
-
-EXAMPLES = 5
-"""Failed images that a message names."""
+from parkdet.runtime.views import TTA_VIEWS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,70 +70,47 @@ class InferOptions:
     """Begin a new run even where an equal one could be continued."""
     keep_candidates: bool = False
     """Store what entered NMS too."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InferReport:
-    """What a run folder holds after `run_inference`."""
-
-    folder: Path
-    images: int
-    """Images asked for."""
-    already: int
-    """Images that had a result before this run."""
-    covered: int
-    """Images with a result now."""
-    detections: int
-    failed: tuple[FailedImage, ...]
-    """Images that could not be read, by id."""
-    caps: CapCounts
-    work: PipelineReport | None = field(repr=False)
-    """This run's part; None when there was nothing to do."""
-
-    def raise_unfinished(self) -> None:
-        """Interrupted when the run was stopped, DataError naming examples when images could not be read."""
-        if self.work is not None and self.work.interrupted:
-            raise Interrupted(
-                f"{self.folder}: stopped with {self.covered} of {self.images} images done and saved; "
-                "the same command goes on from there"
-            )
-        if self.failed:
-            raise DataError(_failures(self))
+    tta: bool = False
+    """Insist on test-time augmentation. An artifact that was exported with it runs it in any case."""
+    deadline: float | None = None
+    """Seconds after which the last result must be there; cheaper plans are used when the best is too slow."""
+    fallbacks: tuple[Path, ...] = ()
+    """With a deadline, cheaper artifacts to step down to, best first; found beside the artifact when empty."""
+    started: float | None = None
+    """When the deadline began to run, on time.monotonic's clock; now when None."""
 
 
 def run_inference(artifact: Path, options: InferOptions) -> InferReport:
     """Detect in all images asked for and store the predictions; go on with an equal run that is not finished.
 
-    Prints the run folder first and last on stdout, progress on stderr. Images that could not be read and a stop
-    by signal are told in the report: raise them with `InferReport.raise_unfinished`. UsageError, ArtifactError,
-    DataError and InUseError as their classes say.
+    Prints the run folder first and last on stdout, progress on stderr. Images that could not be read, a stop by
+    signal and a deadline that was not kept are told in the report: raise them with
+    `InferReport.raise_unfinished`. UsageError, ArtifactError, DataError and InUseError as their classes say.
     """
-    if (options.data is None) == (options.source is None):
-        raise UsageError("give the images with --data or with --source, one of the two")
-    if options.fresh and options.exist_ok:
-        raise UsageError("--fresh begins a new folder and --exist-ok keeps to one: give one of the two")
+    started = time.monotonic() if options.started is None else options.started
+    _check_options(options)
     path = resolve_artifact(artifact)
     items = _images(options)
-    with open_backend(path, options.backend, options.device, options.threads, precision=options.precision) as backend:
+    with ExitStack() as stack:
+        plans = open_plans(
+            stack, path, options.imgsz, cheaper=options.deadline is not None, fallbacks=options.fallbacks,
+            backend=options.backend, device=options.device, threads=options.threads, precision=options.precision,
+        )  # fmt: skip
+        best = plans[0]
+        refuse_unfit_views(best.backend.spec, options.tta, path)
         if options.split == "val":
-            items = _held_out(items, backend.spec)
-        nms = _nms_settings(options, backend.spec)
+            items = _held_out(items, best.backend.spec)
         settings = PipelineSettings(
-            nms=nms,
-            imgsz=options.imgsz or backend.spec.imgsz,
+            nms=_nms_settings(options, best.backend.spec),
+            imgsz=best.imgsz,
             batch_size=options.batch_size,
             keep_candidates=options.keep_candidates,
         )
-        pipeline = Pipeline(backend, settings)
-        fingerprint = fingerprint_of(backend, settings, items)
+        fingerprint = fingerprint_of(plans, settings, items)
         file_bytes = {item.image_id: item.file_bytes() for item in items}
         folder = _run_folder(options, fingerprint, file_bytes)
         click.echo(f"Run folder: {folder}")
-        click.echo(
-            f"model: {path.name} on {backend.name} in {backend.precision}, long side {settings.imgsz} px, "
-            f"conf {nms.conf:g}, IoU {nms.iou:g}, at most {nms.max_det} an image",
-            err=True,
-        )
+        click.echo(_what_runs(plans, settings.nms), err=True)
         with RunStore(folder, fingerprint, file_bytes, settings.keep_candidates) as store:
             for message in store.messages:
                 click.echo(message, err=True)
@@ -149,15 +126,57 @@ def run_inference(artifact: Path, options: InferOptions) -> InferReport:
             else:
                 if already or store.failed:
                     click.echo(f"{already} of {len(items)} images are there already; going on.", err=True)
+                pipeline = Pipeline(best.backend, settings, plans)
+                chooser = None if options.deadline is None else _planner(pipeline, started, options.deadline)
                 with quiet_decoders(), stop_signals() as stop, progress() as tell:
-                    work = pipeline.run(items, store, stop=stop, on_progress=tell)
+                    work = pipeline.run(items, store, stop=stop, on_progress=tell, chooser=chooser)
             report = InferReport(
                 folder=folder, images=len(items), already=already, covered=len(store.covered),
-                detections=store.detections, failed=tuple(store.failed), caps=store.caps, work=work,
+                detections=store.detections, failed=tuple(store.failed), caps=store.caps,
+                plans={plan.name: store.plans[plan.name] for plan in plans if plan.name in store.plans},
+                deadline_s=options.deadline, work=work,
             )  # fmt: skip
-    _print_summary(report)
+            report.write()
+    report.print()
     click.echo(f"Run folder: {folder}")
     return report
+
+
+def _check_options(options: InferOptions) -> None:
+    if (options.data is None) == (options.source is None):
+        raise UsageError("give the images with --data or with --source, one of the two")
+    if options.fresh and options.exist_ok:
+        raise UsageError("--fresh begins a new folder and --exist-ok keeps to one: give one of the two")
+    if options.fallbacks and options.deadline is None:
+        raise UsageError("--fallback names what a run steps down to for its --deadline; give that, too")
+    if options.keep_candidates and options.deadline is not None:
+        raise UsageError("--keep-candidates is for tuning one plan, --deadline may use several: give one of the two")
+
+
+def _planner(pipeline: Pipeline, started: float, deadline: float) -> DeadlinePlanner:
+    """The chooser of plans; tells when it steps down."""
+    names = [plan.name for plan in pipeline.plans]
+
+    def tell(plan: int) -> None:
+        click.echo(f"deadline: going on with {names[plan]}", err=True)
+
+    return DeadlinePlanner(
+        [plan.cost for plan in pipeline.plans],
+        deadline=started + deadline,
+        lanes=pipeline.parallel * pipeline.settings.batch_size,
+        reserve=min(1 + 0.01 * deadline, 30),
+        on_step=tell,
+    )
+
+
+def _what_runs(plans: Sequence[Plan], nms: NmsSettings) -> str:
+    backend = plans[0].backend
+    views = f", {len(TTA_VIEWS)} test-time views" if backend.spec.tta else ""
+    further = "; to keep the deadline: " + ", ".join(plan.name for plan in plans[1:]) if len(plans) > 1 else ""
+    return (
+        f"model: {backend.path.name} on {backend.name} in {backend.precision}, long side {plans[0].imgsz} px{views}, "
+        f"conf {nms.conf:g}, IoU {nms.iou:g}, at most {nms.max_det} an image{further}"
+    )
 
 
 def _nms_settings(options: InferOptions, spec: ModelSpec) -> NmsSettings:
@@ -173,12 +192,16 @@ def _nms_settings(options: InferOptions, spec: ModelSpec) -> NmsSettings:
         raise UsageError(str(error)) from error
 
 
-def fingerprint_of(backend: Backend, settings: PipelineSettings, items: list[ImageItem]) -> Fingerprint:
+def fingerprint_of(plans: Sequence[Plan], settings: PipelineSettings, items: list[ImageItem]) -> Fingerprint:
     """What must be equal for two runs to be one: model, settings, image list."""
     images = hashlib.sha256()
     for item in items:
         images.update(f"{item.image_id}\0{item.file_name}\n".encode("utf-8", "surrogateescape"))
-    nms = settings.nms
+    nms, backend = settings.nms, plans[0].backend
+    several = {}
+    if len(plans) > 1:
+        described = [f"{plan.name} {plan.backend.precision} {artifact_digest(plan.backend.path)}" for plan in plans]
+        several["deadline_plans"] = hashlib.sha256("\n".join(described).encode()).hexdigest()
     return {
         "model": artifact_digest(backend.path),
         "backend": backend.name,
@@ -190,6 +213,7 @@ def fingerprint_of(backend: Backend, settings: PipelineSettings, items: list[Ima
         "multi_label": nms.multi_label,
         "agnostic": nms.agnostic,
         "keep_candidates": settings.keep_candidates,
+        **several,
         "image_list": images.hexdigest(),
         "images": len(items),
     }
@@ -211,10 +235,20 @@ def _images(options: InferOptions) -> list[ImageItem]:
             image_id=record.image_id,
             file_name=record.file_name,
             path=record.path,
-            problem=f"has no file in {listed.folder} ({match.value})",
+            problem=_why_missing(match, listed.folder),
         )
         for record, match in zip(listed.records, listed.matches, strict=True)
     ]
+
+
+def _why_missing(found: Match, folder: Path) -> str:
+    match found:
+        case Match.OUTSIDE:
+            return f"its name leads out of {folder}"
+        case Match.AMBIGUOUS:
+            return f"several files in {folder} could be meant"
+        case _:
+            return f"has no file in {folder}"
 
 
 def _held_out(items: list[ImageItem], spec: ModelSpec) -> list[ImageItem]:
@@ -265,34 +299,3 @@ def _write_image_list(folder: Path, items: list[ImageItem]) -> None:
     images = [{"id": item.image_id, "file_name": item.file_name} for item in items]
     text = json.dumps({"images": images}, ensure_ascii=False, indent=1)
     write_atomically(folder / "images.json", (text + "\n").encode("utf-8", "surrogateescape"))
-
-
-def _print_summary(report: InferReport) -> None:
-    click.echo(
-        f"Images: {report.covered} of {report.images} with a result"
-        + (f" ({report.already} before this run)" if report.already else "")
-        + f", {len(report.failed)} could not be read. Detections: {report.detections}."
-    )
-    caps = report.caps
-    click.echo(
-        f"Cut off: {caps.over_limit} candidates over the limit, {caps.at_max_det} images at --max-det, "
-        f"{caps.without_area} boxes without area. Boxes clipped at the image's edge: {caps.clipped}."
-    )
-    work = report.work
-    if work is None or not work.done:
-        return
-    times = ", ".join(f"{stage} {work.times.seconds[stage]:.2f}" for stage in STAGES)
-    click.echo(
-        f"Time: {work.seconds:.1f} s, {work.done / work.seconds:.1f} images/s. "
-        f"Seconds of work by stage: {times}. Bottleneck: {work.times.bottleneck()}."
-    )
-
-
-def _failures(report: InferReport) -> str:
-    """The message about images that could not be read."""
-    examples = "".join(f"\n  {image.file_name}: {image.reason}" for image in report.failed[:EXAMPLES])
-    more = f"\n  ... and {len(report.failed) - EXAMPLES} more" if len(report.failed) > EXAMPLES else ""
-    return (
-        f"{report.folder}: {len(report.failed)} of {report.images} images could not be read; the others are done. "
-        f"Mend or replace them and run the same command again:{examples}{more}"
-    )

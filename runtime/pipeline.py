@@ -198,7 +198,7 @@ class Pipeline:
                 xywh=np.asarray(xyxy_to_xywh(found.xyxy), np.float32),
                 scores=found.scores,
                 category_ids=category_ids[found.class_ids],
-                plan=self.plans[plan].name,
+                plan=self.plans[plan].name if len(self.plans) > 1 else "",
                 candidates=image.kept(image_id, letterbox, nms, category_ids) if keeps else None,
             )
             images.append((result, image.caps))
