@@ -275,7 +275,7 @@ def plans_of_images(run: str | os.PathLike[str]) -> dict[int, str]:
     """By which plan each covered image was run; empty where there was one only. Raises as `read_predictions`."""
     return {
         image_id: plan
-        for shard in _sound_shards(run)
+        for shard in sound_shards(run)
         for plan, image_ids in shard.plans.items()
         for image_id in image_ids
     }
