@@ -41,7 +41,9 @@ def write_data(root: Path, count: int, categories: tuple[int, ...] = (9, 4)) -> 
 
 
 def run_settings(data: Path, *overrides: str) -> RunSettings:
-    return RunSettings(data=str(data), device="cpu", workers=0, recipe=load_recipe("small", (*TINY, *overrides)))
+    return RunSettings(
+        data=str(data), device="cpu", workers=0, plots=False, recipe=load_recipe("small", (*TINY, *overrides))
+    )
 
 
 def started(folder: Path, settings: RunSettings) -> tuple[Path, str]:
