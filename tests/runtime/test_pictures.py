@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -203,3 +205,40 @@ def test_ink_is_legible_on_every_colour() -> None:
             luminances.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
         dark, light = sorted(luminances)
         assert (light + 0.05) / (dark + 0.05) >= 4.5  # WCAG 2, level AA
+
+
+def test_a_font_writes_what_strokes_cannot() -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    font = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+    box = one((100, 100, 200, 180))
+    numbered = changed(grey(), draw_detections(grey(), box, ("été",)))
+    named = changed(grey(), draw_detections(grey(), box, ("été",), font=font))
+    longer = changed(grey(), draw_detections(grey(), box, ("été à été",), font=font))
+    # The chip is as long as the name, and the letters are not those of another name.
+    assert np.flatnonzero(longer.any(axis=0)).max() > np.flatnonzero(named.any(axis=0)).max()
+    assert (named != numbered).any()
+    colour = np.array(class_colour(0))
+    picture = draw_detections(grey(), box, ("été",), font=font)
+    chip = picture[80:98, 104:130]
+    is_ink = (np.abs(chip.astype(int) - colour).max(axis=2) > 60).mean()
+    assert 0.05 < is_ink < 0.6
+    # A name in ASCII looks the same with a font as without.
+    assert (draw_detections(grey(), box, ("van",), font=font) == draw_detections(grey(), box, ("van",))).mean() > 0.98
+
+
+def test_a_label_without_its_score_is_shorter() -> None:
+    box = one((10, 100, 300, 180))
+    extents = [
+        np.flatnonzero(changed(grey(), draw_detections(grey(), box, NAMES, scores=scores))[80:98].any(axis=0)).max()
+        for scores in (True, False)
+    ]
+    assert extents[1] < extents[0] - 20
+
+
+def test_letters_can_be_smaller_than_the_lines_ask_for() -> None:
+    box = one((10, 100, 300, 180))
+    heights = [
+        np.flatnonzero(changed(grey(), draw_detections(grey(), box, NAMES, letters_as_at=px))[:99].any(axis=1)).min()
+        for px in (1, 2, 4)
+    ]
+    assert heights[0] > heights[1] > heights[2]
