@@ -7,7 +7,8 @@ from pathlib import Path
 import click
 
 
-def _seconds(_context: click.Context, _parameter: click.Parameter, value: str | None) -> float | None:
+def seconds_of(_context: click.Context, _parameter: click.Parameter, value: str | None) -> float | None:
+    """A time span as users write it, in seconds."""
     from parkdet.runtime.deadline import parse_duration
 
     return None if value is None else parse_duration(value)
@@ -53,7 +54,7 @@ def _seconds(_context: click.Context, _parameter: click.Parameter, value: str | 
 )
 @click.option(
     "--deadline",
-    callback=_seconds,
+    callback=seconds_of,
     metavar="TIME",
     help="Every image has a result in this time (3h, 45m, 90s): cheaper plans are used when the best is too slow.",
 )
@@ -97,6 +98,17 @@ def _seconds(_context: click.Context, _parameter: click.Parameter, value: str | 
     "--threads",
     type=click.IntRange(min=1),
     help="Processors for the model.  [default: all that this process may use]",
+)
+@click.option(
+    "--executor",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="ray: shards on the workers of a Ray cluster, which see the same files.",
+)
+@click.option("--address", help="With --executor ray: a running cluster's.  [default: one on this machine]")
+@click.option(
+    "--workers", type=click.IntRange(min=1), help="With --executor ray: how many.  [default: one a GPU, else a machine]"
 )
 @click.option("--device", help="Where the model runs: cpu, or cuda:0 (or 0).  [default: the backend's own]")
 @click.option(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from parkdet.runtime.inference_report import InferReport
 from parkdet.runtime.loading import ImageItem
 from parkdet.runtime.model_spec import ModelSpec
 from parkdet.runtime.nms import NmsSettings
-from parkdet.runtime.pipeline import Pipeline, PipelineSettings, Plan
+from parkdet.runtime.pipeline import Pipeline, PipelineReport, PipelineSettings, Plan
 from parkdet.runtime.plans import open_plans
 from parkdet.runtime.run_folder import next_run_folder
 from parkdet.runtime.shards import write_atomically
@@ -76,6 +77,12 @@ class InferOptions:
     """Seconds after which the last result must be there; cheaper plans are used when the best is too slow."""
     fallbacks: tuple[Path, ...] = ()
     """With a deadline, cheaper artifacts to step down to, best first; found beside the artifact when empty."""
+    executor: str = "local"
+    """`ray`: the shards are done by workers of a Ray cluster."""
+    address: str | None = None
+    """Of a running cluster."""
+    workers: int | None = None
+    """How many of the cluster's."""
     started: float | None = None
     """When the deadline began to run, on time.monotonic's clock; now when None."""
 
@@ -126,10 +133,8 @@ def run_inference(artifact: Path, options: InferOptions) -> InferReport:
             else:
                 if already or store.failed:
                     click.echo(f"{already} of {len(items)} images are there already; going on.", err=True)
-                pipeline = Pipeline(best.backend, settings, plans)
-                chooser = None if options.deadline is None else _planner(pipeline, started, options.deadline)
                 with quiet_decoders(), stop_signals() as stop, progress() as tell:
-                    work = pipeline.run(items, store, stop=stop, on_progress=tell, chooser=chooser)
+                    work = _work(options, plans, settings, items, store, stop, tell, started)
             report = InferReport(
                 folder=folder, images=len(items), already=already, covered=len(store.covered),
                 detections=store.detections, failed=tuple(store.failed), caps=store.caps,
@@ -142,6 +147,30 @@ def run_inference(artifact: Path, options: InferOptions) -> InferReport:
     return report
 
 
+def _work(
+    options: InferOptions, plans: Sequence[Plan], settings: PipelineSettings, items: list[ImageItem], store: RunStore,
+    stop: threading.Event, tell: Callable[[int, int], None], started: float,
+) -> PipelineReport:  # fmt: skip
+    """Do what the store does not cover, here or on a cluster."""
+    backend = plans[0].backend
+    if options.executor == "ray":
+        from parkdet.runtime.ray_executor import Job, run_on_ray
+
+        job = Job(
+            artifact=backend.path,
+            settings=settings,
+            backend=backend.name,
+            device=options.device or "cpu",
+            precision=backend.precision,
+        )
+        return run_on_ray(
+            job, items, store, address=options.address, workers=options.workers, stop=stop, on_progress=tell
+        )
+    pipeline = Pipeline(backend, settings, plans)
+    chooser = None if options.deadline is None else _planner(pipeline, started, options.deadline)
+    return pipeline.run(items, store, stop=stop, on_progress=tell, chooser=chooser)
+
+
 def _check_options(options: InferOptions) -> None:
     if (options.data is None) == (options.source is None):
         raise UsageError("give the images with --data or with --source, one of the two")
@@ -149,6 +178,10 @@ def _check_options(options: InferOptions) -> None:
         raise UsageError("--fresh begins a new folder and --exist-ok keeps to one: give one of the two")
     if options.fallbacks and options.deadline is None:
         raise UsageError("--fallback names what a run steps down to for its --deadline; give that, too")
+    if options.executor != "ray" and (options.address or options.workers):
+        raise UsageError("--address and --workers are a cluster's: give --executor ray, too")
+    if options.executor == "ray" and options.deadline is not None:
+        raise UsageError("--deadline chooses plans on one machine: give it or --executor ray, one of the two")
     if options.keep_candidates and options.deadline is not None:
         raise UsageError("--keep-candidates is for tuning one plan, --deadline may use several: give one of the two")
 

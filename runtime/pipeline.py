@@ -26,7 +26,6 @@ from parkdet.runtime.loading import ImageItem, LoadedImage, ahead, load_image, s
 from parkdet.runtime.nms import NmsSettings
 from parkdet.runtime.post_processing import ProcessedImage, finish, post_process
 from parkdet.runtime.shards import CapCounts, FailedImage, ImageResult
-from parkdet.runtime.store import RunStore
 
 _SHARD_IMAGES = {False: 500, True: 100}
 """By whether candidates are kept: an image's may take a megabyte, and a shard's are in memory until it is written."""
@@ -77,6 +76,26 @@ class PlanChooser(Protocol):
 
     def finished(self, plan: int, images: int) -> None:
         """So many images of a plan have a result, or could not be read."""
+        ...
+
+
+class ShardSink(Protocol):
+    """Where finished stretches of the image list go: an open `RunStore`, or what brings them to one."""
+
+    @property
+    def covered(self) -> set[int]:
+        """Ids of the images that have a result already."""
+        ...
+
+    @property
+    def failed(self) -> list[FailedImage]:
+        """Images on record as unreadable."""
+        ...
+
+    def write(
+        self, results: Sequence[ImageResult], failed: Sequence[FailedImage], caps: CapCounts | None = None
+    ) -> object:
+        """Take a stretch; it is safe when this returns."""
         ...
 
 
@@ -143,7 +162,7 @@ class Pipeline:
     def run(
         self,
         items: Sequence[ImageItem],
-        store: RunStore,
+        store: ShardSink,
         *,
         stop: threading.Event | None = None,
         on_progress: Callable[[int, int], None] | None = None,
@@ -251,7 +270,7 @@ class _Run:
     def __init__(
         self,
         pipeline: Pipeline,
-        store: RunStore,
+        store: ShardSink,
         todo: list[ImageItem],
         stop: threading.Event,
         on_progress: Callable[[int, int], None] | None,

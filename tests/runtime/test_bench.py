@@ -1,0 +1,93 @@
+"""`parkdet bench`: figures that another count agrees with, and an answer to "will it be done in time"."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from parkdet.runtime.bench import PipelineSpeed
+from parkdet.runtime.bench_report import forecast
+from parkdet.runtime.flops import count_flops
+
+RunCli = Callable[..., tuple[int, str, str]]
+
+
+@pytest.mark.parametrize("shape", [(1, 32, 48), (3, 96, 64)])
+def test_flops_are_those_of_the_convolutions(tiny_model: Any, tiny_onnx: Path, shape: tuple[int, int, int]) -> None:
+    batch, height, width = shape
+    channels = tiny_model.spec.anchors_per_cell * tiny_model.spec.num_outputs
+    # A convolution that steps by its own size: every output is stride * stride * 3 multiply-adds.
+    expected = sum(2 * channels * (height // s) * (width // s) * s * s * 3 for s in tiny_model.spec.strides)
+    assert count_flops(tiny_onnx, shape) == batch * expected
+
+
+def _speeds(*images_per_s: float) -> list[PipelineSpeed]:
+    return [
+        PipelineSpeed(plan=name, images=10, images_per_s=speed, bottleneck="model")
+        for name, speed in zip("abc", images_per_s, strict=False)
+    ]
+
+
+def test_a_job_that_fits_is_done_by_the_best_plan() -> None:
+    assert forecast(100, None, _speeds(2, 4)).plans == {"a": 100}
+    job = forecast(100, 50, _speeds(2, 4))
+    assert (job.plans, job.fits, job.seconds) == ({"a": 100}, True, 50)
+
+
+def test_a_job_that_is_too_long_for_the_best_plan_is_shared_by_two() -> None:
+    job = forecast(100, 40, _speeds(2, 4))
+    assert job.fits
+    assert sum(job.plans.values()) == 100
+    assert job.plans["a"] / 2 + job.plans["b"] / 4 <= 40
+    assert (job.plans["a"] + 1) / 2 + (job.plans["b"] - 1) / 4 > 40
+    assert forecast(100, 20, _speeds(2, 4, 10)).plans.keys() == {"b", "c"}
+
+
+def test_a_job_that_no_plan_does_in_time() -> None:
+    job = forecast(100, 9, _speeds(2, 4, 10))
+    assert (job.plans, job.fits) == ({}, False)
+
+
+def test_figures_as_text_and_as_json(run_cli: RunCli, tiny_onnx: Path, tmp_path: Path) -> None:
+    figures = tmp_path / "bench.json"
+    code, out, err = run_cli(
+        "bench", "--weights", tiny_onnx, "--vs", tiny_onnx, "--seconds", "0.1",
+        "--batch-size", "1", "--batch-size", "2", "--images", "1000", "--deadline", "3h", "--json", figures,
+    )  # fmt: skip
+    assert code == 0, err
+    for words in ("latency p50", "images/s", "bottleneck", "peak memory", "GFLOP an image", "in turn", "in 3:00:00"):
+        assert words in out
+    report = json.loads(figures.read_text())
+    assert [row["batch"] for row in report["latency"]] == [1, 2]
+    assert all(0 < row["p50_ms"] <= row["p90_ms"] <= row["p99_ms"] for row in report["latency"])
+    assert all(row["images_per_s"] > 0 for row in report["throughput"] + report["pipelines"])
+    assert 0.3 < report["comparison"]["ratio"] < 3
+    assert report["comparison"]["lowest"] <= report["comparison"]["ratio"] <= report["comparison"]["highest"]
+    assert report["peak_memory_mb"] > 50
+    assert report["forecast"]["fits"]
+    assert sum(report["forecast"]["plans"].values()) == 1000
+
+
+def test_a_job_that_will_be_late_exits_3(run_cli: RunCli, tiny_onnx: Path) -> None:
+    code, out, err = run_cli(
+        "bench", "--weights", tiny_onnx, "--seconds", "0.1", "--images", "100000000", "--deadline", "10s"
+    )
+    assert code == 3
+    assert "not by any plan" in out
+    assert "give more time or a smaller model" in err
+
+
+def test_what_cannot_be_measured_is_a_usage_error(run_cli: RunCli, tiny_onnx: Path, tmp_path: Path) -> None:
+    for arguments, words in (
+        (("--weights", tmp_path / "none.onnx"), "no such file"),
+        (("--weights", tiny_onnx, "--deadline", "3h"), "--images"),
+        (("--weights", tiny_onnx, "--images", "5", "--deadline", "soon"), "no time span"),
+        (("--weights", tiny_onnx, "--tta"), "without test-time augmentation"),
+        (("--weights", tiny_onnx, "--source", tmp_path, "--data", tmp_path), "not both"),
+    ):
+        code, _, err = run_cli("bench", *arguments)
+        assert (code, words in err) == (2, True), err
