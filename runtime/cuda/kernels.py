@@ -19,6 +19,7 @@ from parkdet.runtime.detections import Detections
 from parkdet.runtime.geometry import Letterbox
 from parkdet.runtime.model_spec import ModelSpec
 from parkdet.runtime.nms import MAX_CANDIDATES, NmsCounts, NmsSettings
+from parkdet.runtime.views import head_sources
 
 MAX_HEADS = 16
 MAX_ANCHORS = 8
@@ -109,8 +110,17 @@ class HeadGeometry:
 def head_geometries(spec: ModelSpec, canvas_hw: tuple[int, int]) -> list[HeadGeometry]:
     """The raw heads that a graph of this spec gives of a canvas, in the order of its outputs."""
     return [
-        HeadGeometry(grid_hw=(canvas_hw[0] // stride, canvas_hw[1] // stride), stride=stride, anchors_wh=anchors)
-        for stride, anchors in zip(spec.strides, spec.anchors, strict=True)
+        HeadGeometry(
+            grid_hw=(
+                source.view.padded(canvas_hw[0], spec.stride_max) // spec.strides[source.level],
+                source.view.padded(canvas_hw[1], spec.stride_max) // spec.strides[source.level],
+            ),
+            stride=spec.strides[source.level],
+            anchors_wh=spec.anchors[source.level],
+            view_scale=source.view.scale,
+            view_flip=source.view.mirrored,
+        )
+        for source in head_sources(len(spec.strides), spec.tta)
     ]
 
 

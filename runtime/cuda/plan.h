@@ -87,4 +87,10 @@ void for_each_launch(const NmsParameters& p, F launch) {
     launch(Launch{"parkdet_suppress", images, 1, kSuppressThreads, 0});
 }
 
+inline Launch letterbox_launch(const LetterboxParameters& p) {
+    return Launch{"parkdet_letterbox", static_cast<unsigned>((p.canvas_width + kLetterboxWidth - 1) / kLetterboxWidth),
+                  static_cast<unsigned>((p.canvas_height + kLetterboxHeight - 1) / kLetterboxHeight),
+                  kLetterboxWidth * kLetterboxHeight, 0};
+}
+
 }  // namespace parkdet

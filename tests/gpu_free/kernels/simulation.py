@@ -6,7 +6,9 @@ import ctypes
 import functools
 import hashlib
 import os
+import re
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -38,7 +40,7 @@ HERE = ROOT / "tests/gpu_free/kernels"
 
 # Without contraction, as nvcc is told: aarch64 compilers fuse unasked.
 FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas")
-SANITIZERS = {
+SANITIZERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "": ((), ()),
     "address": (
         ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fsanitize-sections=simt_shared", "-g"),
@@ -96,11 +98,33 @@ def scheduler_object(sanitizer: str = "") -> Path:
 
 def kernel_flags(kernels: Path = KERNELS, sanitizer: str = "") -> list[str]:
     """What a file that includes the kernels of this folder is compiled with."""
-    return [*FLAGS, *SANITIZERS[sanitizer][0], f"-I{SHIM}", f"-I{kernels}", f"-I{KERNELS}"]
+    return [*FLAGS, *SANITIZERS[sanitizer][0], f"-I{SHIM}", f"-I{kernels}"]
 
 
 def kernel_sources(kernels: Path = KERNELS) -> list[Path]:
     return [*kernels.glob("*.h"), *kernels.glob("*.cuh"), *SHIM.iterdir()]
+
+
+def case_runner(kernels: Path = KERNELS, sanitizer: str = "") -> Path:
+    """run_cases.cpp, compiled over the kernels of this folder."""
+    sources = [HERE / "run_cases.cpp", scheduler_object(sanitizer)]
+    # A mutant runs for less time than the optimizer would take.
+    flags = [*kernel_flags(kernels, sanitizer), *([] if sanitizer else ["-O0"])]
+    return compiled(sources, flags, kernel_sources(kernels), "")
+
+
+def run_cases(runner: Path, cases: Path, seconds: int) -> str:
+    """What went wrong with the cases of a file, or nothing."""
+    environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=0"}
+    done = subprocess.run(
+        [runner, cases, str(seconds)], capture_output=True, text=True, errors="replace", check=False, env=environment
+    )
+    if done.returncode == 0:
+        return ""
+    if done.returncode == -signal.SIGXCPU:
+        return "hangs"
+    words = done.stdout + "\n".join(re.findall(r"^SUMMARY: .*|.*runtime error: .*", done.stderr, re.MULTILINE))
+    return words.strip() or f"ended with {done.returncode}: {done.stderr[-500:]}"
 
 
 @dataclass(frozen=True, slots=True)

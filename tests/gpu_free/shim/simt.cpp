@@ -16,16 +16,19 @@
 #endif
 
 #ifdef SIMT_ASAN
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 #ifdef SIMT_TSAN
 extern "C" {
 void* __tsan_get_current_fiber();
 void* __tsan_create_fiber(unsigned);
-void __tsan_destroy_fiber(void*);
 void __tsan_switch_to_fiber(void*, unsigned);
 void __tsan_acquire(void*);
 void __tsan_release(void*);
+void __tsan_java_init(uintptr_t, uintptr_t);
+void __tsan_java_alloc(uintptr_t, uintptr_t);
+void __tsan_java_free(uintptr_t, uintptr_t);
 }
 #endif
 
@@ -178,9 +181,10 @@ void entry() {
 
 // Threads at a barrier go on when all do. A thread that left while others wait is an error, as CUDA says that all
 // threads of the block must reach it.
-const char* open_block_barrier(std::vector<Fiber>& fibers, bool& moved) {
+const char* open_block_barrier(Fiber* fibers, unsigned count, bool& moved) {
     const Fiber* waiting = nullptr;
-    for (Fiber& fiber : fibers) {
+    for (unsigned i = 0; i < count; ++i) {
+        const Fiber& fiber = fibers[i];
         if (!fiber.finished && fiber.thread.wait != Wait::kBlock) return nullptr;
         if (!fiber.finished) {
             if (waiting && waiting->thread.line != fiber.thread.line)
@@ -189,9 +193,9 @@ const char* open_block_barrier(std::vector<Fiber>& fibers, bool& moved) {
         }
     }
     if (!waiting) return nullptr;
-    for (Fiber& fiber : fibers) {
-        if (fiber.finished) return "threads of the block have left while others wait at a barrier";
-        fiber.thread.wait = Wait::kNothing;
+    for (unsigned i = 0; i < count; ++i) {
+        if (fibers[i].finished) return "threads of the block have left while others wait at a barrier";
+        fibers[i].thread.wait = Wait::kNothing;
     }
     moved = true;
     return nullptr;
@@ -232,9 +236,23 @@ const char* serve_warp(Fiber* lanes, unsigned count, bool& moved) {
     return nullptr;
 }
 
-const char* run_block(std::vector<Fiber>& fibers, std::mt19937& random, unsigned schedule) {
+// A block finds its shared memory full of rubbish. The thread sanitizer is told that it is not the last block's, by
+// its interface for garbage collectors, the only one that makes it forget.
+void renew_shared_memory() {
     for (char* byte = __start_simt_shared; byte < __stop_simt_shared; ++byte) *byte = static_cast<char>(0xcd);
-    const unsigned count = static_cast<unsigned>(fibers.size());
+#ifdef SIMT_TSAN
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(__start_simt_shared) & ~uintptr_t{15};
+    const uintptr_t bytes = (reinterpret_cast<uintptr_t>(__stop_simt_shared) - begin + 15) & ~uintptr_t{15};
+    static bool first = true;
+    if (first) __tsan_java_init(begin, bytes);
+    else __tsan_java_free(begin, bytes);
+    first = false;
+    __tsan_java_alloc(begin, bytes);
+#endif
+}
+
+const char* run_block(Fiber* fibers, unsigned count, std::mt19937& random, unsigned schedule) {
+    renew_shared_memory();
     std::vector<unsigned> order(count);
     for (unsigned i = 0; i < count; ++i) {
         Fiber& fiber = fibers[i];
@@ -245,9 +263,12 @@ const char* run_block(std::vector<Fiber>& fibers, std::mt19937& random, unsigned
                               i / (block_shape.x * block_shape.y)};
         fiber.thread.fiber = &fiber;
         fiber.finished = false;
+#ifdef SIMT_ASAN
+        __asan_unpoison_memory_region(fiber.stack, kStackBytes);
+#endif
         prepare(fiber.context, fiber.stack, entry);
 #ifdef SIMT_TSAN
-        fiber.sanitizer = __tsan_create_fiber(0);
+        if (!fiber.sanitizer) fiber.sanitizer = __tsan_create_fiber(0);
 #endif
     }
     if (schedule == 1) std::reverse(order.begin(), order.end());
@@ -263,14 +284,11 @@ const char* run_block(std::vector<Fiber>& fibers, std::mt19937& random, unsigned
             moved = true;
             alive -= fiber.finished;
         }
-        problem = open_block_barrier(fibers, moved);
+        problem = open_block_barrier(fibers, count, moved);
         for (unsigned begin = 0; begin < count && !problem; begin += 32)
             problem = serve_warp(&fibers[begin], std::min(32u, count - begin), moved);
         if (!moved && !problem && alive) problem = "deadlock: threads wait at a barrier that others never reach";
     }
-#ifdef SIMT_TSAN
-    for (Fiber& fiber : fibers) __tsan_destroy_fiber(fiber.sanitizer);
-#endif
     return problem;
 }
 
@@ -323,14 +341,17 @@ const char* run(dim3 grid, dim3 block, unsigned schedule, void (*body)(const voi
     std::vector<size_t> order(blocks);
     for (size_t i = 0; i < blocks; ++i) order[i] = schedule == 1 ? blocks - 1 - i : i;
     if (schedule > 1) std::shuffle(order.begin(), order.end(), random);
-    std::vector<Fiber> fibers(threads);
+    // Kept, or the time would go into making them. Two sets in turn: the thread sanitizer takes what one fiber does as
+    // ordered, and neighbouring blocks are not.
+    static std::vector<Fiber> fibers[2] = {std::vector<Fiber>(1024), std::vector<Fiber>(1024)};
+    unsigned set = 0;
     std::vector<std::remove_pointer_t<decltype(scheduler.barriers)>> barriers(blocks);
     scheduler.barriers = barriers.data();
     const char* problem = nullptr;
     for (size_t at : order) {
         block_index = {static_cast<unsigned>(at % grid.x), static_cast<unsigned>(at / grid.x % grid.y),
                        static_cast<unsigned>(at / (size_t{grid.x} * grid.y))};
-        problem = run_block(fibers, random, schedule);
+        problem = run_block(fibers[set ^= 1].data(), static_cast<unsigned>(threads), random, schedule);
         if (problem) break;
         ++scheduler.barriers;
     }

@@ -1,0 +1,199 @@
+// run_cases FILE SECONDS: runs the cases that cases.py wrote, each array in memory of its own and of exactly its size,
+// until one gives something else (exit code 1), a launch itself fails (2) or so much CPU time is gone. The plan is
+// plan.h's, so this is also its test.
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/resource.h>
+
+#include "cuda_runtime.h"
+
+// What a mutant puts in the place of atomicAdd: other threads run between the read and the write.
+template <class T>
+T plain_add(T* at, T value) {
+    const T before = *at;
+    simt::yield();
+    *at = before + value;
+    return before;
+}
+
+#include "kernels.cuh"
+#include "plan.h"
+
+namespace {
+
+constexpr size_t kGuard = 64;  // bytes on either side that must stay as they were
+constexpr unsigned char kRubbish = 0xcd;
+
+FILE* file;
+char name[64];
+int failures = 0;
+
+template <class T>
+T read() {
+    T value;
+    if (fread(&value, sizeof value, 1, file) != 1) exit(3);
+    return value;
+}
+
+void report(const char* what) {
+    printf("%s: %s\n", name, what);
+    ++failures;
+}
+
+// Memory full of rubbish. With the address sanitizer the guards are malloc's.
+template <class T>
+struct Memory {
+    size_t bytes;
+    char* base;
+
+    explicit Memory(size_t count) : bytes(count * sizeof(T)) {
+#ifdef __SANITIZE_ADDRESS__
+        base = static_cast<char*>(malloc(bytes)) - kGuard;
+        memset(base + kGuard, kRubbish, bytes);
+#else
+        base = static_cast<char*>(aligned_alloc(64, (bytes + 2 * kGuard + 63) / 64 * 64));
+        memset(base, kRubbish, bytes + 2 * kGuard);
+#endif
+    }
+    ~Memory() {
+#ifdef __SANITIZE_ADDRESS__
+        free(base + kGuard);
+#else
+        for (size_t i = 0; i < kGuard; ++i)
+            if (static_cast<unsigned char>(base[i]) != kRubbish ||
+                static_cast<unsigned char>(base[kGuard + bytes + i]) != kRubbish) {
+                report("wrote out of bounds");
+                break;
+            }
+        free(base);
+#endif
+    }
+    Memory(const Memory&) = delete;
+    T* data() { return reinterpret_cast<T*>(base + kGuard); }
+    void fill_from_file() {
+        if (bytes && fread(base + kGuard, bytes, 1, file) != 1) exit(3);
+    }
+    void expect_from_file(const char* what) {
+        char* right = static_cast<char*>(malloc(bytes + 1));
+        if (bytes && fread(right, bytes, 1, file) != 1) exit(3);
+        if (memcmp(right, base + kGuard, bytes)) report(what);
+        free(right);
+    }
+};
+
+template <class Parameters, void (*kernel)(Parameters)>
+void run(const parkdet::Launch& launch, const Parameters& parameters, unsigned schedule) {
+    const char* problem = simt::run(
+        dim3(launch.grid_x, launch.grid_y), dim3(launch.threads), schedule,
+        [](const void* p) { kernel(*static_cast<const Parameters*>(p)); }, &parameters);
+    if (problem) {
+        printf("%s: %s: %s\n", name, launch.entry, problem);
+        exit(2);
+    }
+}
+
+void run_nms(unsigned schedule) {
+    using namespace parkdet;
+    NmsParameters p{};
+    const int heads = read<int>();
+    p.num_classes = read<int>();
+    p.batch = read<int>();
+    p.half_heads = read<int>();
+    p.max_det = read<int>();
+    p.max_candidates = read<int>();
+    p.multi_label = read<int>();
+    p.agnostic = read<int>();
+    p.conf = read<float>();
+    p.iou = read<float>();
+    p.logit_floor = logit_floor(p.conf);
+    Memory<char>* raw[kMaxHeads];
+    for (int i = 0; i < heads; ++i) {
+        const int anchors = read<int>(), rows = read<int>(), columns = read<int>();
+        const float stride = read<float>(), scale = read<float>();
+        const int flip = read<int>();
+        float shapes[2 * kMaxAnchors];
+        for (int a = 0; a < 2 * anchors; ++a) shapes[a] = read<float>();
+        if (!add_head(p, anchors, rows, columns, stride, scale, flip, shapes)) exit(3);
+        raw[i] = new Memory<char>(size_t(p.batch) * anchors * rows * columns * (5 + p.num_classes) *
+                                  (p.half_heads ? 2 : 4));
+        raw[i]->fill_from_file();
+        p.heads[i].raw = raw[i]->data();
+    }
+    const size_t batch = size_t(p.batch), kept = batch * p.max_det, slots = batch * p.max_candidates;
+    {
+        Memory<int> num_dets(batch), candidates(batch), at_max_det(batch), classes(kept);
+        Memory<Box> boxes(kept), ranked_boxes(slots);
+        Memory<float> scores(kept);
+        Memory<ImageState> states(batch);
+        Memory<Key> keys(slots), ranked_keys(slots);
+        p.num_dets = num_dets.data();
+        p.candidates = candidates.data();
+        p.at_max_det = at_max_det.data();
+        p.boxes = boxes.data();
+        p.scores = scores.data();
+        p.classes = classes.data();
+        p.states = states.data();
+        p.keys = keys.data();
+        p.ranked_keys = ranked_keys.data();
+        p.ranked_boxes = ranked_boxes.data();
+        for_each_launch(p, [&](const Launch& launch) {
+            p.round = launch.round;
+            const char* entry = launch.entry + strlen("parkdet_");
+            if (!strcmp(entry, "reset")) run<NmsParameters, parkdet_reset>(launch, p, schedule);
+            else if (!strcmp(entry, "collect")) run<NmsParameters, parkdet_collect>(launch, p, schedule);
+            else if (!strcmp(entry, "select")) run<NmsParameters, parkdet_select>(launch, p, schedule);
+            else if (!strcmp(entry, "sort")) run<NmsParameters, parkdet_sort>(launch, p, schedule);
+            else if (!strcmp(entry, "rank")) run<NmsParameters, parkdet_rank>(launch, p, schedule);
+            else if (!strcmp(entry, "suppress")) run<NmsParameters, parkdet_suppress>(launch, p, schedule);
+            else exit(3);
+        });
+        num_dets.expect_from_file("num_dets");
+        candidates.expect_from_file("candidates");
+        at_max_det.expect_from_file("at_max_det");
+        boxes.expect_from_file("boxes");
+        scores.expect_from_file("scores");
+        classes.expect_from_file("classes");
+    }
+    for (int i = 0; i < heads; ++i) delete raw[i];
+}
+
+void run_letterbox(unsigned schedule) {
+    using namespace parkdet;
+    LetterboxParameters p{};
+    p.image_height = read<int>();
+    p.image_width = read<int>();
+    p.image_pitch = read<int>();
+    p.resized_height = read<int>();
+    p.resized_width = read<int>();
+    p.canvas_height = read<int>();
+    p.canvas_width = read<int>();
+    p.top = read<int>();
+    p.left = read<int>();
+    // The last row ends with its last pixel.
+    const size_t gap = size_t(p.image_pitch) - 3 * size_t(p.image_width);
+    Memory<unsigned char> image(size_t(p.image_height) * p.image_pitch - gap);
+    image.fill_from_file();
+    for (size_t i = 0; i < gap; ++i) read<char>();
+    Memory<unsigned char> canvas(size_t(p.canvas_height) * p.canvas_width * 3);
+    p.image = image.data();
+    p.canvas = canvas.data();
+    run<LetterboxParameters, parkdet_letterbox>(letterbox_launch(p), p, schedule);
+    canvas.expect_from_file("canvas");
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    if (argc < 3 || !(file = fopen(argv[1], "rb"))) return 3;
+    const rlimit seconds = {static_cast<rlim_t>(atoi(argv[2])), RLIM_INFINITY};
+    setrlimit(RLIMIT_CPU, &seconds);  // a mutant may loop for ever
+    for (int left = read<int>(); left > 0; --left) {
+        const int kind = read<int>();
+        if (fread(name, sizeof name, 1, file) != 1) return 3;
+        const unsigned schedule = unsigned(read<int>());
+        if (kind == 0) run_nms(schedule);
+        else run_letterbox(schedule);
+        if (failures) break;
+    }
+    return failures ? 1 : 0;
+}

@@ -1,0 +1,36 @@
+"""The kernels' mutants: that the list of survivors is about the sources as they are, and a sample found out."""
+
+from __future__ import annotations
+
+import pytest
+from click.testing import CliRunner
+
+from tests.gpu_free.kernels.mutants import SURVIVORS, identity, known_survivors, main
+from tests.gpu_free.kernels.mutation import FILES, OPERATORS, blanked, mutants
+from tests.gpu_free.kernels.simulation import KERNELS, compiler
+
+
+def test_every_operator_applies_somewhere() -> None:
+    assert {mutant.operator for mutant in mutants(KERNELS)} == {name for name, _, _ in OPERATORS}
+
+
+def test_blanking_moves_nothing() -> None:
+    for file in FILES:
+        text = (KERNELS / file).read_text()
+        assert len(blanked(text)) == len(text)
+        assert "//" not in blanked(text)
+
+
+def test_every_listed_survivor_is_a_mutant_of_these_sources() -> None:
+    texts = {file: (KERNELS / file).read_text() for file in FILES}
+    there = {identity(mutant, texts[mutant.file]) for mutant in mutants(KERNELS)}
+    stale = set(known_survivors()) - there
+    assert not stale, f"{SURVIVORS} lists what is no mutant (any more)"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(compiler() is None, reason="no g++ (or what CXX names)")
+def test_a_sample_is_found_out() -> None:
+    """Another sample every week would be fairer and irreproducible; the whole run is a command in CONTRIBUTING.md."""
+    done = CliRunner().invoke(main, ["--sample", "40", "--seed", "1", "--no-sanitize"])
+    assert done.exit_code == 0, done.output
