@@ -61,13 +61,13 @@ __device__ inline float load(const NmsParameters& p, const Head& head, size_t at
 }
 
 // The objectness of an anchor, or 0 where it does not pass: not over conf, or a box that is no number. Infinite
-// logits are numbers: their sigmoid is 0 or 1.
-__device__ inline float passing_objectness(const NmsParameters& p, int image, int anchor) {
+// logits are numbers: their sigmoid is 0 or 1. At or under logit_floor no sigmoid is taken.
+__device__ inline float passing_objectness(const NmsParameters& p, int image, int anchor, float logit_floor) {
     if (anchor >= p.num_anchors) return 0;
     const Head& head = p.heads[head_of(p, anchor)];
     const size_t at = channels_at(p, head, image, anchor);
     const float raw = load(p, head, at + 4);
-    if (!(raw > p.logit_floor)) return 0;
+    if (!(raw > logit_floor)) return 0;
     const float objectness = sigmoid(raw);
     if (!(objectness > p.conf)) return 0;
     for (int channel = 0; channel < 4; ++channel) {
@@ -86,15 +86,22 @@ __device__ inline float score_of(Key key) { return __int_as_float(static_cast<in
 
 __device__ inline unsigned index_of(Key key) { return 0xffffffffu - static_cast<unsigned>(key & 0xffffffffu); }
 
+// A logit at or under which no sigmoid reaches the score of the key, whatever its last places: a hundredth too low.
+__device__ inline float logit_floor_of(Key key) {
+    const float score = fminf(score_of(key), 0.999f);
+    return logf(score / (1.f - score)) - 0.01f;
+}
+
 // Calls emit(key) in all lanes of a warp together, key 0 in lanes without a candidate, until every candidate of the
-// block's anchors was given once. An anchor that passes has its classes looked at by the whole warp: few do, and
-// their channels lie side by side.
+// block's anchors was given once; those under `lowest` may be left out, which saves their sigmoids. An anchor that
+// passes has its classes looked at by the whole warp: few do, and their channels lie side by side.
 template <class Emit>
-__device__ inline void for_each_candidate(const NmsParameters& p, int image, Emit emit) {
+__device__ inline void for_each_candidate(const NmsParameters& p, int image, Key lowest, Emit emit) {
+    const float logit_floor = fmaxf(p.logit_floor, logit_floor_of(lowest));
     const int lane = threadIdx.x % kWarp;
     for (int step = 0; step < kAnchorsPerThread; ++step) {
         const int anchor = (blockIdx.x * kAnchorsPerThread + step) * blockDim.x + threadIdx.x;
-        const float own_objectness = passing_objectness(p, image, anchor);
+        const float own_objectness = passing_objectness(p, image, anchor, logit_floor);
         for (unsigned left = __ballot_sync(kAllLanes, own_objectness > 0); left != 0; left &= left - 1) {
             const int source = __ffs(left) - 1;
             const float objectness = __shfl_sync(kAllLanes, own_objectness, source);
@@ -105,8 +112,8 @@ __device__ inline void for_each_candidate(const NmsParameters& p, int image, Emi
             for (int first = 0; first < p.num_classes; first += kWarp) {
                 const int label = first + lane;
                 Key key = 0;
-                const float raw = label < p.num_classes ? load(p, head, at + label) : p.logit_floor;
-                if (raw > p.logit_floor) {  // a product with an objectness is not larger than the factor
+                const float raw = label < p.num_classes ? load(p, head, at + label) : logit_floor;
+                if (raw > logit_floor) {  // a product with an objectness is not larger than the factor
                     const float score = sigmoid(raw) * objectness;
                     if (score > p.conf) key = make_key(score, static_cast<unsigned>(common) * p.num_classes + label);
                 }
@@ -201,7 +208,7 @@ __global__ void __launch_bounds__(parkdet::kCollectThreads) parkdet_collect(park
     }
     Key* keys = p.keys + static_cast<size_t>(image) * p.max_candidates;
     const int lane = threadIdx.x % kWarp;
-    for_each_candidate(p, image, [&](Key key) {
+    for_each_candidate(p, image, lowest, [&](Key key) {
         const unsigned storing = __ballot_sync(kAllLanes, key >= lowest);
         int base = 0;
         if (lane == 0 && storing) base = atomicAdd(&state.found[p.round], __popc(storing));
@@ -222,7 +229,8 @@ __global__ void __launch_bounds__(parkdet::kCollectThreads) parkdet_select(parkd
     histogram[threadIdx.x] = 0;
     __syncthreads();
     const int shift = kDigitBits * (kDigits - 1 - p.round);
-    for_each_candidate(p, image, [&](Key key) {
+    const Key lowest = pick.prefix << kDigitBits << shift;
+    for_each_candidate(p, image, lowest, [&](Key key) {
         const Key digits = key >> shift;
         if (key != 0 && digits >> kDigitBits == pick.prefix) atomicAdd(&histogram[digits % kBins], 1);
     });
