@@ -27,8 +27,8 @@ from tests.gpu_free.kernels.mutation import FILES, Mutant, mutants
 from tests.gpu_free.kernels.simulation import HERE, KERNELS, CompileError, case_runner, run_cases
 
 SURVIVORS = HERE / "survivors.toml"
-SECONDS = {"": 10, "address": 100, "thread": 200}
-"""CPU seconds after which a run over the cases hangs: five times what it takes and more."""
+SECONDS = {"": 6, "address": 100, "thread": 200}
+"""CPU seconds after which a run over the cases hangs: some three times what it takes."""
 
 
 def known_survivors() -> dict[tuple[str, str, str], str]:
