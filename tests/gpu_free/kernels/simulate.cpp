@@ -58,6 +58,40 @@ const char* simulate_launch(const char* entry, const unsigned grid[3], const uns
                      parameters);
 }
 
+struct PlannedLaunch {
+    char entry[32];
+    unsigned grid_x, grid_y, threads;
+    int round;
+};
+
+static PlannedLaunch written_down(const parkdet::Launch& launch) {
+    PlannedLaunch planned{{}, launch.grid_x, launch.grid_y, launch.threads, launch.round};
+    strncpy(planned.entry, launch.entry, sizeof planned.entry - 1);
+    return planned;
+}
+
+// The plan of plan.h, step by step.
+int planned_head(parkdet::NmsParameters* p, int anchors, int rows, int columns, float stride, float view_scale,
+                 int view_flip, const float* anchor_wh) {
+    return parkdet::add_head(*p, anchors, rows, columns, stride, view_scale, view_flip, anchor_wh);
+}
+
+size_t planned_workspace(parkdet::NmsParameters* p, uint64_t address) {
+    p->logit_floor = parkdet::logit_floor(p->conf);
+    parkdet::bind_workspace(*p, reinterpret_cast<void*>(address));
+    return parkdet::workspace_bytes(static_cast<size_t>(p->batch), static_cast<size_t>(p->max_candidates));
+}
+
+int planned_launches(const parkdet::NmsParameters* p, PlannedLaunch* launches) {
+    int count = 0;
+    parkdet::for_each_launch(*p, [&](const parkdet::Launch& launch) { launches[count++] = written_down(launch); });
+    return count;
+}
+
+void planned_letterbox(const parkdet::LetterboxParameters* p, PlannedLaunch* launch) {
+    *launch = written_down(parkdet::letterbox_launch(*p));
+}
+
 float simulated_half(uint16_t bits) { return __half2float(__half{bits}); }
 
 float simulated_sigmoid(float raw) { return parkdet::sigmoid(raw); }
