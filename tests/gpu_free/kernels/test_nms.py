@@ -156,7 +156,7 @@ def test_the_exponential(simulation: Simulation) -> None:
     assert got.tobytes() == sigmoid(raw).tobytes()
     with np.errstate(over="ignore"):
         true = 1 / (1 + np.exp(-raw.astype(np.float64)))
-    # 3 places: two of the exponential and its sum with 1, one of the quotient. Where the exponential overflows, 0 is the result.
+    # 3 places: two of the exponential and its sum with 1, one of the quotient. An exponential too large gives 0.
     np.testing.assert_array_less(np.abs(got - true), 3 * np.spacing(np.maximum(got, np.float32(1e-38))) + 3e-39)
     np.testing.assert_allclose(got, numpy_sigmoid(raw), rtol=5e-7, atol=1e-38)
 

@@ -91,11 +91,15 @@ def test_the_letterbox_is_launched_alike(simulation: Simulation) -> None:
     assert planned.record == (launch.entry, launch.grid, launch.block, 0)
 
 
-@pytest.mark.parametrize("conf", [0.0, 1e-6, 0.01, 0.5, 0.999999, 1.0])
+@pytest.mark.parametrize("conf", [1e-6, 0.01, 0.5, 0.999, 0.999999])
 def test_no_sigmoid_at_or_under_the_floor_passes(conf: float) -> None:
-    floor = np.float32(logit_floor(float(np.float32(conf))))
-    assert not 1 / (1 + math.exp(-max(float(floor), -700))) > conf
-    assert conf in (0.0, 1.0) or floor > math.log(conf / (1 - conf)) - 0.1 - 1e-5 / (1 - conf), "hardly lower"
+    floor = float(np.float32(logit_floor(conf)))
+    assert 1 / (1 + math.exp(-floor)) < conf * (1 - 1e-7), "not even if the last places err"
+    assert floor > math.log(conf / (1 - conf)) - 2e-3 - 2e-6 / (1 - conf), "nor much lower"
+
+
+def test_the_floor_of_no_threshold_and_of_one_that_nothing_passes() -> None:
+    assert (logit_floor(0.0), logit_floor(1.0)) == (-math.inf, math.inf)
 
 
 def test_outputs_lie_apart_and_aligned() -> None:
