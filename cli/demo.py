@@ -70,7 +70,7 @@ def demo(seed: int, epochs: int | None, project: Path, name: str) -> None:
         evaluation = evaluate(folder / "submission.json", truth)
         click.echo(evaluation_table(evaluation))
     with stages.timed("page"):
-        page = _page(folder, ContestData(data), predictions, fit, evaluation, stages)
+        page = _page(folder, ContestData(data), fit, evaluation, stages)
     total = sum(seconds for _, seconds in stages.seconds)
     times = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in stages.seconds)
     click.echo(f"{total:.0f} s: {times}", err=True)
@@ -133,19 +133,17 @@ def _submit(predictions: Path, data: Path, path: Path) -> Fit:
     return fit
 
 
-def _page(
-    folder: Path, data: ContestData, predictions: Path, fit: Fit, evaluation: Evaluation, stages: _Stages
-) -> Path:
+def _page(folder: Path, data: ContestData, fit: Fit, evaluation: Evaluation, stages: _Stages) -> Path:
     import json
 
     import numpy as np
 
-    from parkdet.cli.report_page import Picture, ReportPage, SubmissionFigures, write_page
+    from parkdet.cli.report_page import Picture, ReportPage, write_page
     from parkdet.runtime.detections import Detections
     from parkdet.runtime.geometry import xywh_to_xyxy
     from parkdet.runtime.images import read_image
     from parkdet.runtime.pictures import draw_detections
-    from parkdet.runtime.store import read_predictions
+    from parkdet.submission.figures import SubmissionFigures
 
     labels = data.train_labels()
     class_of = {category: number for number, category in enumerate(labels.categories)}
@@ -180,7 +178,7 @@ def _page(
         evaluation=evaluation,
         results=folder / "train" / "results.csv",
         stages=stages.seconds,
-        submission=SubmissionFigures.of_fit(fit, read_predictions(predictions), labels.categories),
+        submission=SubmissionFigures.of_fit(fit, labels.categories),
     )
     path = folder / "report.html"
     write_page(page, path)

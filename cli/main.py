@@ -31,6 +31,7 @@ COMMANDS = {
     "infer": ("parkdet.cli.infer:infer", "Detect in the test images; a second run does what is missing."),
     "bench": ("parkdet.runtime.bench_cli:bench", "Measure a model: speed by stage, memory, will it be in time."),
     "submit": ("parkdet.submission.cli:submit", "Write the submission file, under its limit of bytes."),
+    "report": ("parkdet.cli.report:report", "Show a run in one HTML file, and its submission as tables."),
     "doctor": ("parkdet.cli.doctor:doctor", "Look at this machine and installation for known problems."),
     "demo": ("parkdet.cli.demo:demo", "Draw parking lots and run the whole pipeline on them."),
 }

@@ -8,15 +8,11 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from parkdet.runtime.errors import DataError, UsageError
 from parkdet.runtime.evaluation import Evaluation
-
-if TYPE_CHECKING:
-    from parkdet.cli.report_page import SubmissionFigures
 
 BLUE, ORANGE, GREEN, ROSE, GREY = "#3f83f8", "#e8912d", "#1ba784", "#d9577b", "#94a3b8"
 """Of middle lightness: the page's ground is light or dark, as the reader's system is set."""
@@ -118,16 +114,16 @@ def training_charts(results: Results) -> list[Chart]:
             for name in losses
         ]
         summary = f"Losses over epochs {results.epochs[0]} to {last}."
-        figure = _figure(traces, xaxis=_epoch_axis(), yaxis={"rangemode": "tozero", "title": _title("loss")})
-        charts.append(Chart(key="chart-losses", caption="Losses", summary=summary, height=320, figure=figure))
+        chart = figure(traces, xaxis=_epoch_axis(), yaxis={"rangemode": "tozero", "title": axis_title("loss")})
+        charts.append(Chart(key="chart-losses", caption="Losses", summary=summary, height=320, figure=chart))
     if metrics:
         traces = [
             _curve(results, name, _metric_name(name), _LINES[place % len(_LINES)], dashed="mAP" not in name)
             for place, name in enumerate(metrics)
         ]
         summary = f"Validation metrics over epochs {results.epochs[0]} to {last}."
-        figure = _figure(traces, xaxis=_epoch_axis(), yaxis={"range": [0, 1.02], "dtick": 0.2})
-        charts.append(Chart(key="chart-metrics", caption="Validation", summary=summary, height=320, figure=figure))
+        chart = figure(traces, xaxis=_epoch_axis(), yaxis={"range": [0, 1.02], "dtick": 0.2})
+        charts.append(Chart(key="chart-metrics", caption="Validation", summary=summary, height=320, figure=chart))
     return charts
 
 
@@ -148,119 +144,22 @@ def accuracy_charts(evaluation: Evaluation) -> list[Chart]:
             "y": rows,
             "width": width,
             "marker": {"color": colour, "line": {"width": 0}},
-            "customdata": [_text(entry.name) for entry in measured],
+            "customdata": [plain_text(entry.name) for entry in measured],
             "hovertemplate": f"%{{customdata}}: {name} %{{x:.3f}}<extra></extra>",
         }
         for name, values, colour, width in bars
     ]
-    figure = _figure(
+    chart = figure(
         traces,
         barmode="overlay",
         xaxis={"range": [0, 1.0], "dtick": 0.2},
         # Rows by number, not by name: two classes may have one name.
-        yaxis=_name_axis([entry.name for entry in measured]),
+        yaxis=name_axis([entry.name for entry in measured]),
         hovermode="closest",
     )
     summary = "AP by class: " + ", ".join(f"{entry.name} {entry.ap50:.3f} at IoU .5" for entry in measured) + "."
     height = 60 + 31 * len(measured)  # about that of the table beside it
-    return [Chart(key="chart-ap", caption="AP by class", summary=summary, height=height, figure=figure)]
-
-
-def submission_charts(figures: SubmissionFigures) -> list[Chart]:
-    """Detections by score with the cut, and bytes by class."""
-    charts = []
-    shares = sorted((share for share in figures.per_class if share.size_bytes), key=lambda share: -share.size_bytes)
-    height = max(320, 60 + 26 * len(shares))
-    if figures.score_counts.sum() > 0:
-        charts.append(_histogram(figures, min(height, 480)))
-    if shares:
-        trace = {
-            "type": "bar",
-            "orientation": "h",
-            "name": "bytes",
-            "x": [share.size_bytes for share in shares],
-            "y": list(range(len(shares))),
-            "width": 0.6,
-            "marker": {"color": GREEN, "line": {"width": 0}},
-            "customdata": [_text(share.name) for share in shares],
-            "hovertemplate": "%{customdata}: %{x:,} bytes<extra></extra>",
-        }
-        names = _name_axis([share.name for share in shares], least_rows=8)
-        axis = {"tickformat": "~s", "ticksuffix": "B", "nticks": 6}
-        figure = _figure([trace], xaxis=axis, yaxis=names, hovermode="closest", showlegend=False)
-        charts.append(
-            Chart(
-                key="chart-bytes",
-                caption="Bytes by class",
-                summary=f"{shares[0].name} takes the most bytes of the file: {shares[0].size_bytes:,}.",
-                height=height,
-                figure=figure,
-            )
-        )
-    return charts
-
-
-def _histogram(figures: SubmissionFigures, height: int) -> Chart:
-    edges = [float(edge) for edge in figures.score_edges]
-    counts = [int(count) for count in figures.score_counts]
-    threshold = figures.threshold
-    trace = {
-        "type": "bar",
-        "name": "detections",
-        "x": [(low + high) / 2 for low, high in pairwise(edges)],
-        "y": counts,
-        "width": [high - low for low, high in pairwise(edges)],
-        "marker": {
-            "color": [GREY if threshold is not None and high <= threshold else BLUE for high in edges[1:]],
-            "line": {"width": 0},
-        },
-        "customdata": [f"{low:.3g} to {high:.3g}" for low, high in pairwise(edges)],
-        "hovertemplate": "score %{customdata}: %{y:,}<extra></extra>",
-    }
-    layout: dict[str, Any] = {
-        "xaxis": {"range": [edges[0], edges[-1]], "title": _title("score")},
-        # Most detections have low scores: on a linear axis the others would not show.
-        "yaxis": {
-            "type": "log",
-            "range": [math.log10(0.7), math.log10(max(counts)) + 0.15],
-            "dtick": 1,
-            "tickformat": ",d",
-            "title": _title("detections (log)"),
-        },
-        "bargap": 0.08,
-        "hovermode": "closest",
-        "showlegend": False,
-    }
-    summary = f"Histogram of the scores of {sum(counts):,} detections"
-    if threshold is not None:
-        # In the half of the chart that has room for the words.
-        right = threshold > (edges[0] + edges[-1]) / 2
-        layout["shapes"] = [
-            {
-                "type": "line",
-                "x0": threshold,
-                "x1": threshold,
-                "y0": 0,
-                "y1": 1,
-                "yref": "paper",
-                "line": {"color": ROSE, "width": 2},
-            }
-        ]
-        layout["annotations"] = [
-            {
-                "x": threshold,
-                "y": 1,
-                "yref": "paper",
-                "text": f"cut at {threshold:.4f}",
-                "showarrow": False,
-                "xanchor": "right" if right else "left",
-                "yanchor": "bottom",
-                "xshift": 0,
-            }
-        ]
-        summary += f"; those under {threshold:.4f} are cut"
-    figure = _figure([trace], **layout)
-    return Chart(key="chart-scores", caption="Scores", summary=f"{summary}.", height=height, figure=figure)
+    return [Chart(key="chart-ap", caption="AP by class", summary=summary, height=height, figure=chart)]
 
 
 def plotly_js() -> str:
@@ -270,7 +169,7 @@ def plotly_js() -> str:
     return str(get_plotlyjs())
 
 
-def _figure(traces: Sequence[dict[str, Any]], **layout: Any) -> dict[str, Any]:
+def figure(traces: Sequence[dict[str, Any]], **layout: Any) -> dict[str, Any]:
     """A figure on the page's own ground, checked by plotly; the style sheet colours its text and lines."""
     import plotly.graph_objects as go
 
@@ -287,8 +186,8 @@ def _figure(traces: Sequence[dict[str, Any]], **layout: Any) -> dict[str, Any]:
     }
     axis = {"automargin": True, "gridwidth": 1, "zeroline": False, "fixedrange": True, "ticks": ""}
     axes = {name: axis | layout.pop(name, {}) for name in ("xaxis", "yaxis")}
-    figure = go.Figure(data=list(traces), layout=base | axes | layout)
-    return dict(json.loads(figure.to_json()))
+    made = go.Figure(data=list(traces), layout=base | axes | layout)
+    return dict(json.loads(made.to_json()))
 
 
 def _curve(results: Results, column: str, name: str, colour: str, *, dashed: bool) -> dict[str, Any]:
@@ -296,7 +195,7 @@ def _curve(results: Results, column: str, name: str, colour: str, *, dashed: boo
     return {
         "type": "scatter",
         "mode": "lines+markers" if marked else "lines",
-        "name": _text(name),
+        "name": plain_text(name),
         "x": list(results.epochs),
         "y": list(results.columns[column]),
         "connectgaps": True,  # epochs without validation have no value
@@ -312,25 +211,25 @@ def _metric_name(column: str) -> str:
 
 
 def _epoch_axis() -> dict[str, Any]:
-    return {"title": _title("epoch"), "tickformat": "d", "showgrid": False}
+    return {"title": axis_title("epoch"), "tickformat": "d", "showgrid": False}
 
 
-def _name_axis(names: Sequence[str], least_rows: int = 1) -> dict[str, Any]:
+def name_axis(names: Sequence[str], least_rows: int = 1) -> dict[str, Any]:
     """Rows from the top, named; room for at least so many, so that few bars are not thick ones."""
     return {
         "tickmode": "array",
         "tickvals": list(range(len(names))),
-        "ticktext": [_text(name if len(name) <= 24 else f"{name[:23]}…") for name in names],
+        "ticktext": [plain_text(name if len(name) <= 24 else f"{name[:23]}…") for name in names],
         "range": [max(len(names), least_rows) - 0.5, -0.5],
         "ticklabelstandoff": 6,
         "showgrid": False,
     }
 
 
-def _title(text: str) -> dict[str, Any]:
+def axis_title(text: str) -> dict[str, Any]:
     return {"text": text, "font": {"size": 12}, "standoff": 8}
 
 
-def _text(text: str) -> str:
+def plain_text(text: str) -> str:
     """As plotly's text, in which tags and entities have a meaning."""
     return html.escape(text, quote=False)

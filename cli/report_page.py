@@ -6,30 +6,23 @@ import base64
 import math
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from parkdet.runtime.errors import UsageError
 from parkdet.runtime.evaluation import Evaluation
 from parkdet.runtime.geometry import ImageArray
-
-if TYPE_CHECKING:
-    import polars as pl
-
-    from parkdet.submission.cut import Fit
+from parkdet.submission.figures import SubmissionFigures
 
 JPEG_QUALITY = 85
 LONGEST_SIDE = 1600
 """Pixels to which larger pictures are reduced."""
 NO_NUMBER = "-"
-_HISTOGRAM_BINS = 50
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -41,70 +34,6 @@ class Picture:
     """(h, w, 3) uint8 BGR."""
     shows_truth: bool = False
     """Whether true boxes are drawn on it: the page then says what the dashes are."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ClassShare:
-    """What one class has of the submission."""
-
-    name: str
-    kept_count: int
-    total_count: int
-    """Its detections before the cut."""
-    size_bytes: int
-    """Of its lines in the file, each with its comma."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class SubmissionFigures:
-    """The submission file in numbers."""
-
-    size_bytes: int
-    limit_bytes: int
-    kept_count: int
-    total_count: int
-    """Detections before the cut."""
-    threshold: float | None
-    """Detections of a higher score are in the file; None where nothing was cut."""
-    per_class: Sequence[ClassShare]
-    score_edges: NDArray[np.float64]
-    """(B + 1,) ascending bounds of the histogram's bins."""
-    score_counts: NDArray[np.int64]
-    """(B,) detections before the cut by score."""
-
-    def __post_init__(self) -> None:
-        if len(self.score_edges) != len(self.score_counts) + 1:
-            raise ValueError(f"{len(self.score_counts)} bins have {len(self.score_edges)} edges")
-
-    @classmethod
-    def of_fit(cls, fit: Fit, table: pl.DataFrame, class_names: Mapping[int, str]) -> SubmissionFigures:
-        """The figures of `parkdet.submission.fit(table, ...)`; names by category id, its number where none is.
-
-        Every named category has its row, and every other one that was detected.
-        """
-        categories = table["category_id"].to_numpy()
-        kept_categories = fit.kept["category_id"].to_numpy()
-        line_bytes = fit.format.line_bytes(fit.kept) + 1
-        ids = sorted({*class_names, *map(int, np.unique(categories))})
-        counts, edges = np.histogram(table["score"].to_numpy(), bins=_HISTOGRAM_BINS, range=(0.0, 1.0))
-        return cls(
-            size_bytes=fit.size_bytes,
-            limit_bytes=fit.limit_bytes,
-            kept_count=fit.kept_count,
-            total_count=table.height,
-            threshold=fit.threshold if fit.cut_count else None,
-            per_class=[
-                ClassShare(
-                    name=class_names.get(category, str(category)),
-                    kept_count=int((kept_categories == category).sum()),
-                    total_count=int((categories == category).sum()),
-                    size_bytes=int(line_bytes[kept_categories == category].sum()),
-                )
-                for category in ids
-            ],
-            score_edges=edges,
-            score_counts=counts.astype(np.int64),
-        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,12 +81,13 @@ def render_page(page: ReportPage) -> str:
     import jinja2
 
     from parkdet.cli import report_charts
+    from parkdet.cli.submission_charts import submission_charts
 
     epochs = report_charts.read_results(page.results) if page.results is not None else None
     charts: dict[str, list[report_charts.Chart]] = {
         "accuracy": report_charts.accuracy_charts(page.evaluation) if page.evaluation is not None else [],
         "training": report_charts.training_charts(epochs) if epochs is not None else [],
-        "submission": report_charts.submission_charts(page.submission) if page.submission is not None else [],
+        "submission": submission_charts(page.submission) if page.submission is not None else [],
     }
     flat = [chart for group in charts.values() for chart in group]
     environment = jinja2.Environment(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from parkdet.runtime.errors import GateError, UsageError
+from parkdet.runtime.errors import GateError, ParkdetError, UsageError
 from parkdet.submission.size import DEFAULT_LIMIT, parse_size
 
 if TYPE_CHECKING:
@@ -93,7 +93,8 @@ def submit(
     if data is None:
         raise UsageError("name the data set's folder with --data")
     limit_bytes = parse_size(limit)
-    weights, merge = parse_metric(metric), MergeSettings(method=method, iou=merge_iou, weights=_numbers(merge_weights))
+    parse_metric(metric)
+    merge = MergeSettings(method=method, iou=merge_iou, weights=_numbers(merge_weights))
     if checked is not None and not checked.is_file():
         raise UsageError(f"{checked}: no such file")
     for run in (*predictions, *tune):
@@ -106,7 +107,7 @@ def submit(
         return
     asked = _Asked(
         predictions, tune, output or predictions[0] / FILE_NAME, limit_bytes, bbox_decimals, score_decimals,
-        weights, merge,
+        metric, merge,
     )  # fmt: skip
     _write(asked, contest, expected)
 
@@ -119,7 +120,7 @@ class _Asked:
     limit_bytes: int
     bbox_decimals: int
     score_decimals: int
-    weights: dict[str, float]
+    metric: str
     merge: MergeSettings
 
 
@@ -154,9 +155,11 @@ def _diff(first: Path, second: Path) -> None:
 
 def _write(asked: _Asked, contest: ContestData, expected: Expected) -> None:
     from parkdet.submission.compose import Composition, compose
+    from parkdet.submission.figures import SubmissionFigures, figures_path
     from parkdet.submission.lines import SubmissionFormat
     from parkdet.submission.runs import PredictionRun
     from parkdet.submission.summary import summary
+    from parkdet.submission.tune import parse_metric
     from parkdet.submission.write import require_writable, write_submission
 
     require_writable(asked.path)
@@ -168,7 +171,7 @@ def _write(asked: _Asked, contest: ContestData, expected: Expected) -> None:
         runs=runs,
         tune_runs=[PredictionRun.open(run) for run in asked.tune],
         merge=asked.merge,
-        weights=asked.weights,
+        weights=parse_metric(asked.metric),
         form=form,
         limit_bytes=asked.limit_bytes,
         image_count=len(expected.file_names),
@@ -176,7 +179,21 @@ def _write(asked: _Asked, contest: ContestData, expected: Expected) -> None:
     composed = compose(composition, contest, lambda line: click.echo(line, err=True))
     fit = composed.fit
     write_submission(fit, asked.path, lambda written: expected.check(written, asked.limit_bytes, asked.bbox_decimals))
-    click.echo(summary(composed, expected.category_names))
+    figures = SubmissionFigures.of(
+        composed,
+        expected.category_names,
+        asked.metric,
+        {
+            "submission": str(asked.path.resolve()),
+            "predictions": [str(run.resolve()) for run in asked.predictions],
+            "data": str(contest.root.resolve()),
+        },
+    )
+    click.echo(summary(figures))
+    try:
+        figures.write(figures_path(asked.path))
+    except ParkdetError as error:
+        click.echo(f"warning: the submission is written, its figures for 'parkdet report' are not: {error}", err=True)
     if not fit.kept_count:
         reason = "the limit is too small for one" if fit.read_count else "the run has none; is it well trained?"
         click.echo(f"warning: {asked.path} holds no detection: {reason}", err=True)

@@ -83,16 +83,16 @@ class Validation:
             )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SizePoint:
-    """The metric of files of one size, on the validation images."""
+    """The metric of files of one size."""
 
     size_bytes: int
-    """Of the submission: the validation images' file takes its share of it."""
+    """Of the submission: the images that are measured have their share of it."""
     single: float
     """One threshold for all classes."""
-    per_class: float
-    """Thresholds by price, which were chosen on the same images."""
+    per_class: float | None = None
+    """Thresholds by price, chosen on the images that are measured; None where there are none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -162,8 +162,6 @@ def tune(validation: Validation, limit_bytes: int, test_image_count: int) -> Tun
     }
     best = max(held_out, key=lambda estimate: held_out[estimate])
     prices = source.prices(best)
-    sizes = [int(limit_bytes * part) for part in _LIMIT_SHARES]
-    shares = [scaled_limit(size, count, test_image_count) for size in sizes]
     return Tuning(
         prices=prices,
         estimate=best,
@@ -173,15 +171,22 @@ def tune(validation: Validation, limit_bytes: int, test_image_count: int) -> Tun
         image_count=count,
         limit_bytes=share,
         is_cut=single.cut_count > 0,
-        points=[
-            SizePoint(
-                size,
-                validation.metric_of(validation.cut(part).kept),
-                validation.metric_of(validation.cut(part, prices).kept),
-            )
-            for size, part in zip(sizes, shares, strict=True)
-        ],
+        points=metric_by_size(validation, limit_bytes, test_image_count, prices),
     )
+
+
+def metric_by_size(
+    validation: Validation, limit_bytes: int, of_images: int, prices: Prices | None = None
+) -> list[SizePoint]:
+    """The metric for files from an eighth to twice the limit, which is that of `of_images` images."""
+    points = []
+    for part in _LIMIT_SHARES:
+        size = int(limit_bytes * part)
+        share = scaled_limit(size, len(validation.image_ids), of_images)
+        single = validation.metric_of(validation.cut(share).kept)
+        per_class = None if prices is None else validation.metric_of(validation.cut(share, prices).kept)
+        points.append(SizePoint(size_bytes=size, single=single, per_class=per_class))
+    return points
 
 
 def choose_prices(validation: Validation, limit_bytes: int, estimate: str) -> Prices:

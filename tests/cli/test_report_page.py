@@ -16,14 +16,13 @@ from typing import Any
 
 import cv2
 import numpy as np
-import polars as pl
 import pytest
 
 from parkdet.cli import report_charts, report_page
-from parkdet.cli.report_page import ClassShare, Picture, ReportPage, SubmissionFigures, render_page, write_page
+from parkdet.cli.report_page import Picture, ReportPage, render_page, write_page
 from parkdet.runtime.errors import UsageError
 from parkdet.runtime.evaluation import ClassAP, Evaluation
-from parkdet.submission import fit
+from parkdet.submission.figures import ClassShare, SubmissionFigures
 
 VOID = {"meta", "img", "input", "br", "link", "hr"}
 EVIL = "<script>alert(1)</script>"
@@ -128,11 +127,20 @@ def submission(name: str = "sedan") -> SubmissionFigures:
         total_count=976_050,
         threshold=0.0437,
         per_class=[
-            ClassShare(name=name, kept_count=150_000, total_count=900_000, size_bytes=19_800_000),
-            ClassShare(name="cart", kept_count=1_234, total_count=76_050, size_bytes=199_989),
+            ClassShare(
+                category_id=1,
+                name=name,
+                kept_count=150_000,
+                total_count=900_000,
+                size_bytes=19_800_000,
+                threshold=0.0437,
+            ),
+            ClassShare(
+                category_id=2, name="cart", kept_count=1_234, total_count=76_050, size_bytes=199_989, threshold=0.0437
+            ),
         ],
-        score_edges=np.linspace(0, 1, 6),
-        score_counts=np.array([900_000, 50_000, 20_000, 6_050, 0]),
+        score_counts=[900_000, 50_000, 20_000, 6_050, 0],
+        kept_score_counts=[75_184, 50_000, 20_000, 6_050, 0],
     )
 
 
@@ -273,9 +281,9 @@ def test_the_submission_is_in_exact_bytes_and_never_rounded_up_to_its_limit(resu
     assert "19,999,990 bytes, limit 20,000,000; cut at score 0.0437" in text
     assert "19.99 MB" in text and "99.9 % of 20 MB" in text
     assert page.tables[2][1:] == [
-        ["all", "976,050", "151,234", "15.4 %", "19,999,990", "100.0 %"],
-        ["sedan", "900,000", "150,000", "16.6 %", "19,800,000", "99.0 %"],
-        ["cart", "76,050", "1,234", "1.6 %", "199,989", "0.9 %"],
+        ["all", "976,050", "151,234", "15.4 %", "0.0437", "19,999,990", "100.0 %"],
+        ["sedan", "900,000", "150,000", "16.6 %", "0.0437", "19,800,000", "99.0 %"],
+        ["cart", "76,050", "1,234", "1.6 %", "0.0437", "199,989", "0.9 %"],
     ]
     scores = page.figures()["chart-scores"]
     assert scores["data"][0]["y"] == [900_000, 50_000, 20_000, 6_050, 0]
@@ -284,14 +292,17 @@ def test_the_submission_is_in_exact_bytes_and_never_rounded_up_to_its_limit(resu
     assert page.figures()["chart-bytes"]["data"][0]["x"] == [19_800_000, 199_989]
 
 
-def test_bins_that_are_cut_whole_are_of_another_colour(results: Path) -> None:
-    page = Page(render_page(replace(full(results), submission=replace(submission(), threshold=0.4))))
-    colours = page.figures()["chart-scores"]["data"][0]["marker"]["color"]
-    assert colours == [report_charts.GREY] * 2 + [report_charts.BLUE] * 3
+def test_what_is_in_the_file_stands_before_what_was_read(results: Path) -> None:
+    page = Page(render_page(full(results)))
+    read, kept = page.figures()["chart-scores"]["data"]
+    assert (read["marker"]["color"], kept["marker"]["color"]) == (report_charts.GREY, report_charts.BLUE)
+    assert kept["y"] == [75_184, 50_000, 20_000, 6_050, 0]
+    assert kept["customdata"][0] == "0 to 0.2: 75,184 of 900,000 in the file"
 
 
 def test_where_nothing_was_cut_no_cut_is_shown(results: Path) -> None:
-    page = Page(render_page(replace(full(results), submission=replace(submission(), threshold=None))))
+    whole = replace(submission(), threshold=None, kept_count=976_050)
+    page = Page(render_page(replace(full(results), submission=whole)))
     assert "shapes" not in page.figures()["chart-scores"]["layout"]
     assert "nothing was cut" in " ".join(page.text)
 
@@ -303,45 +314,16 @@ def test_a_submission_without_detections_has_no_charts() -> None:
         kept_count=0,
         total_count=0,
         threshold=None,
-        per_class=[ClassShare(name="van", kept_count=0, total_count=0, size_bytes=0)],
-        score_edges=np.linspace(0, 1, 3),
-        score_counts=np.zeros(2, np.int64),
+        per_class=[ClassShare(category_id=1, name="van", kept_count=0, total_count=0, size_bytes=0, threshold=None)],
+        score_counts=[0, 0],
+        kept_score_counts=[0, 0],
     )
     page = Page(render_page(ReportPage(title="x", submission=empty)))
     assert not page.scripts
-    assert page.tables[0][1:] == [["all", "0", "0", "-", "2", "100.0 %"], ["van", "0", "0", "-", "0", "0.0 %"]]
-
-
-def test_histogram_bins_and_edges_must_agree() -> None:
-    with pytest.raises(ValueError, match="2 bins have 2 edges"):
-        replace(submission(), score_edges=np.array([0.0, 1.0]), score_counts=np.array([1, 2]))
-
-
-def test_figures_of_a_fit_count_every_detection_and_byte() -> None:
-    rng = np.random.default_rng(3)
-    table = pl.DataFrame(
-        {
-            "image_id": rng.integers(1, 9, 400),
-            "category_id": rng.integers(1, 4, 400),
-            **{side: rng.uniform(5, 90, 400).astype(np.float32) for side in "xywh"},
-            "score": rng.uniform(0.01, 1, 400).astype(np.float32),
-        }
-    )
-    fitted = fit(table, 12_000)
-    figures = SubmissionFigures.of_fit(fitted, table, {1: "van", 2: "bus", 9: "cart"})
-    written = b"".join(fitted.format.file_chunks(fitted.kept))
-    assert figures.size_bytes == len(written) < figures.limit_bytes == 12_000
-    entries = json.loads(written)
-    assert [share.name for share in figures.per_class] == ["van", "bus", "3", "cart"]
-    assert [share.kept_count for share in figures.per_class] == [
-        sum(entry["category_id"] == category for entry in entries) for category in (1, 2, 3, 9)
+    assert page.tables[0][1:] == [
+        ["all", "0", "0", "-", "-", "2", "100.0 %"],
+        ["van", "0", "0", "-", "-", "0", "0.0 %"],
     ]
-    assert sum(share.total_count for share in figures.per_class) == figures.total_count == 400
-    # Every byte is of a line with its comma, but for the brackets and the comma that the last line lacks.
-    assert abs(sum(share.size_bytes for share in figures.per_class) - len(written)) <= 4
-    assert figures.score_counts.sum() == 400 and 0 < figures.kept_count < 400
-    assert figures.threshold == fitted.threshold > 0
-    assert SubmissionFigures.of_fit(fit(table, 10**6), table, {}).threshold is None
 
 
 def test_pictures_are_inline_with_alternative_texts_and_a_legend(results: Path) -> None:

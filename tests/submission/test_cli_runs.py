@@ -1,4 +1,4 @@
-"""`parkdet submit` with several runs, with validation runs, and with two files to compare."""
+"""`parkdet submit` with several runs, with validation runs, with two files to compare; `parkdet report` of runs."""
 
 from __future__ import annotations
 
@@ -231,3 +231,78 @@ def test_two_files_are_compared(run_cli: RunCli, tmp_path: Path) -> None:
     assert run_cli("submit", "--diff", paths[0], paths[1], "--output", "x").code == 2
     paths[0].write_text("{")
     assert run_cli("submit", "--diff", paths[0], paths[1]).code == 1
+
+
+def page_text(path: Path) -> str:
+    page = path.read_text(encoding="utf-8")
+    return re.sub("<[^>]+>", " ", page[page.index("<header>") : page.index("</main>")])
+
+
+def test_a_page_shows_what_was_submitted(run_cli: RunCli, tmp_path: Path, data: Path, worlds: Any) -> None:
+    (val, val_truth), (test, test_truth) = worlds
+    run = write_run(tmp_path / "test", test, ids_of(test_truth))
+    tune = write_run(tmp_path / "val", val, ids_of(val_truth))
+    submitted = run_cli("submit", "--predictions", run, "--data", data, "--limit", "20kB", "--tune", tune)
+    code, out, err = run_cli("report", run)
+    assert (code, err) == (0, "")
+    # The tables that submit printed, then the page.
+    assert out.split() == [*submitted.out.split()[:-1], str(run / "report.html")]
+    text = page_text(run / "report.html")
+    assert "cut by a threshold for each class" in text
+    assert "Used: thresholds for each class" in text
+    assert "chart-size" in (run / "report.html").read_text()
+
+    (run / "submission.json").write_text("[]")
+    code, _, err = run_cli("report", run)
+    assert code == 1
+    assert "has 2; run 'parkdet submit' again" in err
+
+
+def test_a_run_with_truth_is_measured(run_cli: RunCli, tmp_path: Path, data: Path, worlds: Any) -> None:
+    (val, val_truth), (test, test_truth) = worlds
+    tune = write_run(tmp_path / "val", val, ids_of(val_truth))
+    code, out, err = run_cli("report", tune, "--data", data, "--output", tmp_path / "val.html")
+    assert (code, err) == (0, "")
+    assert re.search(r"^ +20,000,000 +0\.\d{5}$", out, re.MULTILINE)
+    text = page_text(tmp_path / "val.html")
+    assert "Accuracy" in text and "none yet" in text and "class 3" in text
+    assert not (tune / "report.html").exists()
+
+    run = write_run(tmp_path / "test", test, ids_of(test_truth))
+    (tmp_path / "truth.json").write_text(json.dumps(test_truth))
+    assert "Accuracy" not in page_text(_reported(run_cli, run, "--data", data))
+    assert "Accuracy" in page_text(_reported(run_cli, run, "--truth", tmp_path / "truth.json"))
+
+
+def _reported(run_cli: RunCli, run: Path, *options: Any) -> Path:
+    code, _, err = run_cli("report", run, *options)
+    assert (code, err) == (0, "")
+    return run / "report.html"
+
+
+def test_what_cannot_be_reported_is_said(run_cli: RunCli, tmp_path: Path, worlds: Any) -> None:
+    (val, val_truth), _ = worlds
+    run = write_run(tmp_path / "val", val, ids_of(val_truth))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.json").write_text("{")
+    for arguments, message in [
+        ((tmp_path / "none",), "no such folder"),
+        ((tmp_path / "empty",), "holds neither results.csv nor predictions"),
+        ((run, "--truth", tmp_path / "none.json"), "no such file"),
+        ((run, "--truth", tmp_path / "bad.json"), "is not JSON"),
+        ((run, "--submission", tmp_path / "none.json"), "no such file"),
+        ((run, "--metric", "x"), "--metric"),
+        ((run, "--data", tmp_path / "none"), "no such folder"),
+        ((run, "--output", tmp_path / "none" / "page.html"), "no such folder"),
+    ]:
+        code, _, err = run_cli("report", *arguments)
+        assert code == 2, (arguments, err)
+        assert message in err
+    assert not (run / "report.html").exists()
+
+
+def test_a_training_is_shown_by_its_results(run_cli: RunCli, tmp_path: Path) -> None:
+    (tmp_path / "results.csv").write_text("epoch,train/box_loss,metrics/mAP_0.5\n0,0.1,0.2\n1,0.05,0.4\n")
+    code, out, err = run_cli("report", tmp_path)
+    assert (code, out.strip(), err) == (0, str(tmp_path / "report.html"), "")
+    assert "Training" in page_text(tmp_path / "report.html")
