@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from parkdet.runtime.contest import ContestData, ImageRecord
 from parkdet.runtime.contest_json import parse_categories, read_object
 from parkdet.runtime.image_headers import read_header
 from parkdet.submission.check import check_submission
-from parkdet.submission.findings import CheckReport
+from parkdet.submission.findings import EXAMPLES, CheckReport, Finding, Kind
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,6 +26,9 @@ class Expected:
     """By category id."""
     keys: tuple[str, ...]
     """Of every entry, in the sample submission's order."""
+    named_twice: tuple[str, ...]
+    """Ids and file names that the list of test images has more than once: what is said of such an image would count
+    twice, or not at all."""
 
     @classmethod
     def of(cls, data: ContestData) -> Expected:
@@ -35,11 +39,12 @@ class Expected:
             image_sizes=image_sizes(records),
             category_names=category_names(data),
             keys=data.submission_keys(),
+            named_twice=_named_twice(records),
         )
 
     def check(self, path: Path, limit_bytes: int, bbox_decimals: int) -> CheckReport:
-        """`check_submission` with this data set's images and categories."""
-        return check_submission(
+        """`check_submission` with this data set's images and categories; and whether these are sound themselves."""
+        report = check_submission(
             path,
             self.file_names,
             self.category_names,
@@ -48,6 +53,22 @@ class Expected:
             keys=self.keys,
             bbox_decimals=bbox_decimals,
         )
+        if not self.named_twice:
+            return report
+        twice = Finding(Kind.IMAGE_TWICE, len(self.named_twice), self.named_twice[:EXAMPLES])
+        order = list(Kind)
+        findings = sorted((*report.findings, twice), key=lambda finding: order.index(finding.kind))
+        return replace(report, findings=tuple(findings))
+
+
+def _named_twice(records: Iterable[ImageRecord]) -> tuple[str, ...]:
+    records = list(records)
+    ids = Counter(record.image_id for record in records)
+    names = Counter(record.file_name for record in records)
+    return (
+        *(f"id {image_id}, {times} times" for image_id, times in ids.items() if times > 1),
+        *(f"{name}, {times} times" for name, times in names.items() if times > 1),
+    )
 
 
 def category_names(data: ContestData) -> dict[int, str]:

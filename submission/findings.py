@@ -28,6 +28,7 @@ class Kind(StrEnum):
     OUT_OF_IMAGE = "box out of its image"
     NO_AREA = "box of no area"
     REPEATED = "detection repeated"
+    IMAGE_TWICE = "image named twice in the list of test images"
     TOO_LARGE = "file not smaller than the limit"
 
 

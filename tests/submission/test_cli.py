@@ -205,6 +205,31 @@ def test_a_bad_file_is_reported_kind_by_kind(run_cli: RunCli, tmp_path: Path, da
     assert "(1 kind of fault)" in run_cli("submit", "--check", path, "--data", data).err
 
 
+@pytest.mark.parametrize(
+    ("again", "message"),
+    [
+        ({"id": 101}, "image named twice in the list of test images: 1 (id 101, 2 times)"),
+        ({"file_name": "c.png"}, "image named twice in the list of test images: 1 (c.png, 2 times)"),
+        ({"id": 102, "file_name": "b.c.png"}, "2 (id 102, 2 times; b.c.png, 2 times)"),
+    ],
+)
+def test_images_named_twice_are_refused(
+    run_cli: RunCli, tmp_path: Path, data: Path, again: dict[str, Any], message: str
+) -> None:
+    listed = json.loads((data / "Test_Images_Information.json").read_text())
+    listed["images"].append({"id": 104, "file_name": "d.png", "width": 640, "height": 480} | again)
+    (data / "Test_Images_Information.json").write_text(json.dumps(listed))
+    (tmp_path / "theirs.json").write_text("[]")
+    code, out, _ = run_cli("submit", "--check", tmp_path / "theirs.json", "--data", data)
+    assert code == 3
+    assert message in out
+    run = write_run(tmp_path / "run", images=(101, 102, 103, 104))
+    code, _, err = run_cli("submit", "--predictions", run, "--data", data)
+    assert code == 3
+    assert message in err
+    assert not (run / "submission.json").exists()
+
+
 def test_missing_places_are_usage_errors(run_cli: RunCli, tmp_path: Path, data: Path) -> None:
     run = write_run(tmp_path / "run")
     (tmp_path / "empty").mkdir()
