@@ -175,7 +175,11 @@ class _Kind:
     suffixes: tuple[str, ...]
     devices: tuple[str, ...]
     """Kinds of device that it runs on, the default first."""
+    extra: str = "cpu"
+    """Of parkdet, which brings it."""
 
+
+ENGINE_SUFFIX = ".engine"
 
 _BACKENDS = {
     "openvino": _Kind("openvino", "parkdet.runtime.backends.openvino:OpenVinoBackend", (".onnx", ".xml"), ("cpu",)),
@@ -185,6 +189,9 @@ _BACKENDS = {
     "onnxruntime-tensorrt": _Kind(
         "onnxruntime", "parkdet.runtime.backends.onnxruntime:OnnxRuntimeTensorRtBackend", (".onnx",), ("cuda",)
     ),
+    "tensorrt": _Kind(
+        "cuda", "parkdet.runtime.backends.tensorrt:TensorRtBackend", (ENGINE_SUFFIX,), ("cuda",), extra="gpu"
+    ),
 }
 """In the order of preference: the first one that reads a suffix is its default."""
 
@@ -192,14 +199,16 @@ BACKEND_NAMES = tuple(_BACKENDS)
 
 
 def resolve_artifact(path: str | os.PathLike[str]) -> Path:
-    """The file to open: the path itself, or the .xml inside an OpenVINO folder.
+    """What to open: the path itself, the .xml inside an OpenVINO folder, or a folder of engines.
 
     UsageError when nothing is there or no backend reads such a file; ArtifactError for a folder without
-    exactly one model.
+    exactly one model or any engine.
     """
     artifact = Path(path)
     if not artifact.exists():
         raise UsageError(f"{artifact}: there is no such file or folder")
+    if artifact.is_dir() and any(artifact.glob(f"*{ENGINE_SUFFIX}")):
+        return artifact
     if artifact.is_dir():
         models = sorted(artifact.glob("*.xml"))
         if len(models) != 1:
@@ -212,7 +221,7 @@ def resolve_artifact(path: str | os.PathLike[str]) -> Path:
         raise UsageError(
             f"{artifact}: no backend reads '{suffix or artifact.name}' files; these can be opened: "
             ".onnx (" + ", ".join(name for name, kind in _BACKENDS.items() if ".onnx" in kind.suffixes) + "), "
-            ".xml or its folder (openvino)"
+            ".xml or its folder (openvino), .engine or a folder of them, one a canvas (tensorrt)"
         )
     return artifact
 
@@ -226,7 +235,7 @@ def open_backend(
     precision: Precision | None = None,
     views: int | None = None,
 ) -> GraphBackend:
-    """Open an artifact: `.onnx`, or an OpenVINO `.xml` or the folder of one.
+    """Open an artifact: `.onnx`, an OpenVINO `.xml` or the folder of one, an `.engine` or a folder of several.
 
     Without `backend` the first that reads the file and runs on the device: OpenVINO for an ONNX file on the CPU.
     `device`: `cpu`, or `cuda`, `cuda:1`, `1`; by default the backend's own. `threads` is the model's share of
@@ -261,7 +270,7 @@ def open_backend(
 
 def _choose(artifact: Path, backend: str | None, device: str | None) -> tuple[str, str]:
     """The backend's name and the device, `cpu` or `cuda:N`, for an artifact. UsageError where there is none."""
-    suffix = artifact.suffix.lower()
+    suffix = ENGINE_SUFFIX if artifact.is_dir() else artifact.suffix.lower()
     readers = [name for name, kind in _BACKENDS.items() if suffix in kind.suffixes]
     if backend is not None and backend not in readers:
         raise UsageError(f"{artifact}: backend '{backend}' does not read '{suffix}'; {', '.join(readers)} does")
@@ -277,7 +286,7 @@ def _choose(artifact: Path, backend: str | None, device: str | None) -> tuple[st
     if find_spec(package) is None:
         others = [other for other in readers if other != name and find_spec(_BACKENDS[other].package)]
         hint = f", or choose --backend {others[0]}" if others else ""
-        raise UsageError(f"{package} is not installed: pip install 'parkdet[cpu]'{hint}")
+        raise UsageError(f"{package} is not installed: pip install 'parkdet[{_BACKENDS[name].extra}]'{hint}")
     return name, on
 
 

@@ -106,8 +106,10 @@ def cache_folder() -> Path:
 
 
 def artifact_digest(path: Path) -> str:
-    """SHA-256 of an artifact's content: the file, and of an OpenVINO .xml the .bin beside it too."""
+    """SHA-256 of an artifact's content: the file, with the .bin of an OpenVINO .xml, or the engines of a folder."""
     files = [path, path.with_suffix(".bin")] if path.suffix.lower() == ".xml" else [path]
+    if path.is_dir():
+        files = sorted(path.glob("*.engine"))
     total = hashlib.sha256()
     for file in files:
         if file.is_file():

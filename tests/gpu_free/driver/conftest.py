@@ -6,9 +6,7 @@ are those of `simulated/`: they are collected only where the driver is loaded, b
 
 from __future__ import annotations
 
-import hashlib
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from tests.gpu_free.kernels.simulation import compiled, compiler, kernel_library
 
 DRIVER = Path(__file__).parent
 ON_SIMULATION = "SIMULATED_CUDA_ORDER"
@@ -32,51 +32,38 @@ class Outcome:
     output: str
 
 
-def compile_shared(repository: Path, name: str, sources: list[Path], *options: str, headers: list[Path]) -> Path:
-    """A shared library of C++ sources, made anew only when they or the options have changed."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("g++ is not installed; it compiles the simulated driver and the kernels for the CPU")
-    command = [compiler, "-std=c++17", "-Wall", "-Wextra", "-shared", "-fPIC", *options]
-    state = hashlib.sha256(" ".join(command).encode())
-    for file in sorted([*sources, *headers]):
-        state.update(file.read_bytes())
-    library = repository / "build" / "gpu_free" / state.hexdigest()[:16] / name
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        made = library.with_name(f"{os.getpid()}-{name}")
-        subprocess.run([*command, *map(str, sources), f"-Wl,-soname,{name}", "-o", str(made), "-ldl", "-pthread"],
-                       check=True, timeout=240)  # fmt: skip
-        made.rename(library)
-    return library
+_FLAGS = ("-std=c++17", "-Wall", "-Wextra", "-fvisibility=hidden", "-shared", "-fPIC", "-pthread")
 
 
 @pytest.fixture(scope="session")
-def simulated_driver(repository: Path) -> Path:
-    """libcuda.so.1 of the simulation."""
-    sources = [file for file in DRIVER.glob("*.cpp") if file.name != "sample_kernels.cpp"]
-    return compile_shared(repository, "libcuda.so.1", sources, "-fvisibility=hidden", headers=list(DRIVER.glob("*.h")))
-
-
-@pytest.fixture(scope="session")
-def sample_kernels(repository: Path) -> Path:
-    """A library of kernels for the tests of the driver itself."""
-    return compile_shared(repository, "libsample.so", [DRIVER / "sample_kernels.cpp"], headers=[])
+def simulated_driver() -> Path:
+    """libcuda.so.1 of the simulation, in a folder of its own."""
+    if compiler() is None:
+        pytest.skip("no g++ (or what CXX names) to compile the simulated driver with")
+    sources = sorted(file for file in DRIVER.glob("*.cpp") if file.name != "sample_kernels.cpp")
+    library = compiled(sources, [*_FLAGS, "-Wl,-soname,libcuda.so.1"], list(DRIVER.glob("*.h")), ".so")
+    folder = library.with_suffix("")
+    folder.mkdir(exist_ok=True)
+    driver = folder / "libcuda.so.1"
+    if not driver.exists():
+        driver.symlink_to(library)
+    return driver
 
 
 Run = Callable[..., Outcome]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def on_simulation(simulated_driver: Path, repository: Path) -> Run:
-    """Runs a Python program on the simulated driver: `run(kernels, *arguments, order=...)`."""
+    """Runs a Python program on the simulated driver with the project's kernels: `run(*arguments, order=...)`."""
+    kernels = (compiled([DRIVER / "sample_kernels.cpp"], _FLAGS, [], ".so"), kernel_library())
 
-    def run(kernels: Path, *arguments: str, order: str = "late", timeout: int = 250, **variables: str) -> Outcome:
+    def run(*arguments: str, order: str = "late", timeout: int = 280, **variables: str) -> Outcome:
         environment = {
             **os.environ,
             "LD_LIBRARY_PATH": str(simulated_driver.parent),
             ON_SIMULATION: order,
-            "SIMULATED_CUDA_KERNELS": str(kernels),
+            "SIMULATED_CUDA_KERNELS": ":".join(map(str, kernels)),
             **variables,
         }
         process = subprocess.run(

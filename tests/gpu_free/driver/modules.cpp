@@ -5,12 +5,15 @@
 #include <cstdlib>
 #include <cstring>
 #include <dlfcn.h>
+#include <sstream>
 
 namespace simulation {
 namespace {
 
+struct Kernels;
 struct Function {
     std::string entry;
+    Kernels const* library;
     size_t parameter_bytes;
     int dynamic_shared_limit = 48 << 10;
 };
@@ -19,32 +22,43 @@ struct Module {
 };
 std::map<void*, std::shared_ptr<Module>> modules;
 
-// The library that SIMULATED_CUDA_KERNELS names exports two functions. Every kernel takes one struct by value.
+// Each library that SIMULATED_CUDA_KERNELS names (their paths parted by colons) exports two functions. Every kernel
+// takes one struct by value.
 struct Kernels {
     // Bytes of that struct, or 0 where there is no such kernel.
     size_t (*parameter_bytes)(char const* entry) = nullptr;
     // Runs a grid, its threads in an order that `schedule` chooses. Null, or what went wrong.
     char const* (*launch)(char const* entry, unsigned const grid[3], unsigned const block[3], void const* parameters,
                           unsigned schedule) = nullptr;
-    unsigned schedule = 0;
 };
 
-Kernels const& kernels() {
-    static Kernels const loaded = [] {
-        Kernels found;
-        char const* const path = getenv("SIMULATED_CUDA_KERNELS");
-        void* const library = path ? dlopen(path, RTLD_NOW | RTLD_LOCAL) : nullptr;
-        if (!library) {
-            complain("SIMULATED_CUDA_KERNELS names no library of kernels: %s", path ? dlerror() : "it is not set");
-            return found;
+std::vector<Kernels> const& libraries() {
+    static std::vector<Kernels> const loaded = [] {
+        std::vector<Kernels> found;
+        char const* const set = getenv("SIMULATED_CUDA_KERNELS");
+        std::stringstream paths(set ? set : "");
+        for (std::string path; std::getline(paths, path, ':');) {
+            Kernels kernels;
+            if (void* const library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL)) {
+                kernels.parameter_bytes = reinterpret_cast<decltype(kernels.parameter_bytes)>(dlsym(library, "simulated_parameter_bytes"));
+                kernels.launch = reinterpret_cast<decltype(kernels.launch)>(dlsym(library, "simulate_launch"));
+            }
+            if (kernels.parameter_bytes && kernels.launch)
+                found.push_back(kernels);
+            else
+                complain("%s is no library of kernels", path.c_str());
         }
-        found.parameter_bytes = reinterpret_cast<decltype(found.parameter_bytes)>(dlsym(library, "simulated_parameter_bytes"));
-        found.launch = reinterpret_cast<decltype(found.launch)>(dlsym(library, "simulate_launch"));
-        char const* const order = getenv("SIMULATED_CUDA_ORDER");
-        found.schedule = order ? unsigned(strtoul(order, nullptr, 10)) : 0; // words give 0
         return found;
     }();
     return loaded;
+}
+
+unsigned schedule() {
+    static unsigned const chosen = [] {
+        char const* const order = getenv("SIMULATED_CUDA_ORDER");
+        return order ? unsigned(strtoul(order, nullptr, 10)) : 0; // words give 0
+    }();
+    return chosen;
 }
 
 // A fatbin, an ELF file (cubin) or text (PTX).
@@ -86,8 +100,10 @@ int shared_bytes_optin() {
 Result load_module(void** module, void const* image) {
     if (!image || !is_image(image))
         return INVALID_IMAGE;
-    if (!kernels().launch || !kernels().parameter_bytes)
+    if (libraries().empty()) {
+        complain("SIMULATED_CUDA_KERNELS names no library of kernels");
         return NOT_FOUND;
+    }
     auto made = std::make_shared<Module>();
     *module = made.get();
     modules[*module] = made;
@@ -103,12 +119,12 @@ Result find_function(void** function, void* module, char const* name) {
     auto const found = modules.find(module);
     if (found == modules.end())
         return INVALID_HANDLE;
-    size_t const bytes = kernels().parameter_bytes(name);
-    if (!bytes)
-        return NOT_FOUND;
-    Function& entry = found->second->functions.try_emplace(name, Function{name, bytes}).first->second;
-    *function = &entry;
-    return SUCCESS;
+    for (Kernels const& library : libraries())
+        if (size_t const bytes = library.parameter_bytes(name)) {
+            *function = &found->second->functions.try_emplace(name, Function{name, &library, bytes}).first->second;
+            return SUCCESS;
+        }
+    return NOT_FOUND;
 }
 
 Result function_attribute(int* value, int attribute, void* handle) {
@@ -156,9 +172,9 @@ Result launch(void* handle, unsigned const grid[3], unsigned const block[3], uns
     std::string const copied(static_cast<char const*>(from), bytes); // the caller's may be gone when the kernel runs
     std::string const entry = function->entry;
     std::array<unsigned, 3> const blocks{grid[0], grid[1], grid[2]}, threads_of{block[0], block[1], block[2]};
+    auto const run = function->library->launch;
     return enqueue(stream, "kernel", [=] {
-        char const* const trouble =
-            kernels().launch(entry.c_str(), blocks.data(), threads_of.data(), copied.data(), kernels().schedule);
+        char const* const trouble = run(entry.c_str(), blocks.data(), threads_of.data(), copied.data(), schedule());
         if (trouble)
             complain("%s: %s", entry.c_str(), trouble);
         return trouble ? LAUNCH_FAILED : SUCCESS;

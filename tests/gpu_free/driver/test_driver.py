@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -13,15 +14,34 @@ import pytest
 from parkdet.runtime.cuda.driver import Device
 from parkdet.runtime.errors import UsageError
 
+LEAST_COVERED = 95
+"""Percent of the lines; what is not reached is printed."""
 HEADER = next(
     (place for place in (Path("/usr/local/cuda/include"), Path("/usr/include")) if (place / "cuda.h").exists()), None
 )
 
 
-@pytest.mark.parametrize("order", ["late", "early", "1"])
-def test_on_the_simulated_driver(on_simulation: Callable[..., Any], sample_kernels: Path, order: str) -> None:
-    tests = "tests/gpu_free/driver/simulated/test_driver.py"
-    outcome = on_simulation(sample_kernels, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests, order=order)
+SIMULATED = "tests/gpu_free/driver/simulated"
+PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:faulthandler")
+# What runs on the device, and what launches it, as far as it needs a GPU.
+MEASURED = ("runtime/cuda/driver.py", "runtime/cuda/device_kernels.py", "runtime/backends/tensorrt*.py")
+
+
+def test_everything_with_streams_as_late_as_can_be(on_simulation: Callable[..., Any], tmp_path: Path) -> None:
+    data = f"--data-file={tmp_path / 'coverage'}"
+    outcome = on_simulation("-m", "coverage", "run", data, f"--include={','.join(MEASURED)}", *PYTEST, SIMULATED)
+    assert outcome.code == 0, outcome.output
+    report = on_simulation("-m", "coverage", "report", data, "--show-missing", "--skip-empty")
+    print(report.output)
+    total = re.search(r"^TOTAL .* (\d+)%", report.output, re.MULTILINE)
+    assert total is not None, report.output
+    assert int(total[1]) >= LEAST_COVERED, report.output
+
+
+@pytest.mark.parametrize("order", ["early", "7"])
+def test_what_depends_on_order_with_streams_early_and_in_between(on_simulation: Callable[..., Any], order: str) -> None:
+    which = "test_driver or threads or recorded or mixed_up or others_on_the_device"
+    outcome = on_simulation(*PYTEST, SIMULATED, "-k", which, order=order)
     assert outcome.code == 0, outcome.output
 
 

@@ -127,6 +127,12 @@ def run_cases(runner: Path, cases: Path, seconds: int) -> str:
     return words.strip() or f"ended with {done.returncode}: {done.stderr[-500:]}"
 
 
+def kernel_library() -> Path:
+    """The kernels as a shared library for a process of this machine."""
+    sources = [HERE / "simulate.cpp", scheduler_object()]
+    return compiled(sources, [*kernel_flags(), "-shared"], kernel_sources(), ".so")
+
+
 @dataclass(frozen=True, slots=True)
 class Simulation:
     """The kernels as a library of this process."""
@@ -135,8 +141,7 @@ class Simulation:
 
     @classmethod
     def build(cls) -> Simulation:
-        sources = [HERE / "simulate.cpp", scheduler_object()]
-        library = ctypes.CDLL(str(compiled(sources, [*kernel_flags(), "-shared"], kernel_sources(), ".so")))
+        library = ctypes.CDLL(str(kernel_library()))
         library.simulate_launch.restype = ctypes.c_char_p
         library.simulated_parameter_bytes.restype = ctypes.c_size_t
         library.simulated_sigmoid.restype = ctypes.c_float

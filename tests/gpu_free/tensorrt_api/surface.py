@@ -63,6 +63,8 @@ class Surface:
         plain = {"str": str, "bool": bool, "tuple": tuple, "list": list, "SupportsInt": SupportsInt}
         if annotation in plain:
             return isinstance(value, plain[annotation]) and not (annotation == "SupportsInt" and isinstance(value, str))
+        if "." in annotation:  # an enumeration inside a class
+            return isinstance(value, enum.Enum) and type(value).__name__ == annotation.rpartition(".")[2]
         if annotation == "Buffer":
             return isinstance(value, bytes | bytearray | memoryview)
         if annotation in self.classes:

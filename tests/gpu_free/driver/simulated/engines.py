@@ -1,0 +1,102 @@
+"""Engines, pictures and the CPU's answers, for the tests of the TensorRT backend on the simulated driver."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from parkdet.runtime import engine_sidecar
+from parkdet.runtime.engine_sidecar import EngineSidecar, ShapeRange
+from parkdet.runtime.geometry import ImageArray, Letterbox
+from parkdet.runtime.heads import RawHead, decode_candidates
+from parkdet.runtime.model_spec import TensorSpec
+from parkdet.runtime.nms import NmsSettings, suppress
+from tests.gpu_free.driver.simulated.tensorrt_double import VERSIONS, simulated_engine
+from tests.runtime.conftest import TinyModel
+
+CANVAS = (80, 112)
+NMS = NmsSettings(conf=0.2, iou=0.5, max_det=20)
+Found = list[Any]
+
+
+def make_engine(
+    path: Path, model: TinyModel, flavour: str = "11", canvas: tuple[int, int] = CANVAS,
+    batches: tuple[int, int] = (1, 4), half: bool = True, **changed: Any,
+) -> Path:  # fmt: skip
+    """An engine and its sidecar, as `parkdet export` would leave them."""
+    least, most = batches
+    onnx = path.with_suffix(".onnx")
+    model.save(onnx, fixed=("B", *canvas))  # type: ignore[arg-type]
+    simulated_engine(path, onnx, least, most, half)
+    outputs = tuple(
+        TensorSpec(
+            name=f"head{level}",
+            dtype="float16" if half else "float32",
+            shape=(-1, 2, canvas[0] // s, canvas[1] // s, 8),
+        )
+        for level, s in enumerate(model.spec.strides)
+    )
+    spec = replace(
+        model.spec,
+        precision="fp16" if half else "fp32",
+        inputs=(TensorSpec(name="images", dtype="uint8", shape=(-1, *canvas, 3)),),
+        outputs=outputs,
+    )
+    content = path.read_bytes()
+    sidecar = EngineSidecar(
+        spec=spec,
+        flavour="tensorrt-rtx" if flavour == "rtx" else "tensorrt",
+        version=VERSIONS[flavour],
+        architectures=(75,),
+        batch=ShapeRange(low=least, best=most, high=most),
+        canvas_height=ShapeRange.fixed(canvas[0]),
+        canvas_width=ShapeRange.fixed(canvas[1]),
+        graph_sha256="0" * 64,
+        engine_sha256=hashlib.sha256(content).hexdigest(),
+        engine_bytes=len(content),
+        build_seconds=1.0,
+    )
+    engine_sidecar.write(path, replace(sidecar, **changed))
+    return path
+
+
+def picture(height: int, width: int, seed: int) -> ImageArray:
+    """Blocks of colour with noise."""
+    rng = np.random.default_rng(seed)
+    blocks = rng.integers(0, 256, (-(-height // 8), -(-width // 8), 3), dtype=np.uint8)
+    image = np.repeat(np.repeat(blocks, 8, 0), 8, 1)[:height, :width].astype(np.int16)
+    noisy: ImageArray = np.clip(image + rng.integers(-20, 20, image.shape), 0, 255).astype(np.uint8)
+    return noisy
+
+
+def batch_of(count: int, seed: int) -> tuple[list[ImageArray], list[Letterbox]]:
+    """Images of several sizes whose letterboxes are onto one canvas; those of 96 pixels are not scaled."""
+    sizes = [(64, 96), (60, 96), (128, 192), (32, 48)]
+    images = [picture(*sizes[(seed + i) % len(sizes)], seed=100 * seed + i) for i in range(count)]
+    return images, [Letterbox.fit((image.shape[0], image.shape[1]), 96, 16, CANVAS) for image in images]
+
+
+def on_the_cpu(
+    model: TinyModel, images: list[ImageArray], letterboxes: list[Letterbox], nms: NmsSettings, half: bool = True
+) -> Found:
+    """The specification: OpenCV's letterbox, the network in numpy, heads rounded as the engine's are, numpy's NMS."""
+    canvases = np.stack([box.apply(image) for box, image in zip(letterboxes, images, strict=True)])
+    heads: list[RawHead] = [head.astype(np.float16 if half else np.float32) for head in model.heads(canvases)]
+    return [suppress(one, nms) for one in decode_candidates(heads, model.spec, nms.conf)]
+
+
+def same(found: Found, expected: Found, exact: bool = True) -> bool:
+    """Equal detections and counts: to the bit, or as far as sums of another order go."""
+    close: Callable[..., bool] = np.array_equal if exact else lambda a, b: np.allclose(a, b, atol=2e-3, rtol=1e-3)
+    return len(found) == len(expected) and all(
+        np.array_equal(a.class_ids, b.class_ids)
+        and close(a.xyxy, b.xyxy)
+        and close(a.scores, b.scores)
+        and counts == other
+        for (a, counts), (b, other) in zip(found, expected, strict=True)
+    )

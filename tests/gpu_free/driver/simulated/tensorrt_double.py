@@ -1,0 +1,208 @@
+"""A stand-in for the module `tensorrt`: the real one's surface, ONNX Runtime in the engine's place.
+
+Engines are files made by `simulated_engine`. A run is put into the stream as a host function, so it happens when the
+stream gets to it, reads the input from device memory and writes the raw heads there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from tests.gpu_free.tensorrt_api.surface import Strict, Surface
+
+VERSIONS = {"10": "10.16.1.11", "11": "11.4.0.106", "rtx": "1.7.1.116"}
+MODULES = {"10": "tensorrt", "11": "tensorrt", "rtx": "tensorrt_rtx"}
+MAGIC = b"simulated engine\n"
+SCRATCH_BYTES = 1000
+"""Of activations for one image: what a run overwrites with rubbish."""
+_HOST_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+def simulated_engine(path: Path, onnx: Path, least: int, most: int, half: bool = True) -> Path:
+    """An engine file of an ONNX file of one canvas, for batches from `least` to `most`."""
+    about = {"least": least, "most": most, "half": half}
+    path.write_bytes(MAGIC + json.dumps(about).encode() + b"\n" + onnx.read_bytes())
+    return path
+
+
+class Answers(dict[tuple[str, str], Any]):
+    """(class, method) -> what it answers instead, with `messages` logged as errors."""
+
+    messages: tuple[str, ...] = ("the engine is unwell", "and says why")
+
+
+def tensorrt_double(flavour: str) -> Any:
+    """The module of TensorRT 10.16 (`10`), 11.4 (`11`) or for RTX 1.7 (`rtx`). `.surface.log` has its calls,
+    `.answers` makes them fail."""
+    surface = Surface(flavour)
+    module: Any = ModuleType(MODULES[flavour])
+    answers = Answers()
+    loggers: list[Any] = []
+    kept: list[Any] = []  # functions that a stream or a graph may still run
+    driver = ctypes.CDLL("libcuda.so.1")
+
+    def answer(kind: str, method: str, usual: Any) -> Any:
+        if (kind, method) not in answers:
+            return usual
+        for message in answers.messages:
+            loggers[-1].log(ILogger.ERROR, message)
+        return answers[kind, method]
+
+    class ILogger(Strict):
+        Severity = enum.Enum("Severity", "INTERNAL_ERROR ERROR WARNING INFO VERBOSE")
+        INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = Severity
+
+        def __init__(self) -> None:
+            loggers.append(self)
+
+        def log(self, severity: Any, msg: str) -> None:
+            raise NotImplementedError
+
+    class Runtime(Strict):
+        def __init__(self, logger: Any) -> None:
+            assert isinstance(logger, ILogger)
+            self._logger = logger
+
+        def deserialize_cuda_engine(self, serialized_engine: bytes) -> Any:
+            usual = ICudaEngine(bytes(serialized_engine)) if serialized_engine.startswith(MAGIC) else None
+            if usual is None:
+                self._logger.log(ILogger.WARNING, "Using an engine plan file across different models of devices")
+                self._logger.log(ILogger.ERROR, "IRuntime::deserializeCudaEngine: Error Code 1: Serialization")
+            return answer("Runtime", "deserialize_cuda_engine", usual)
+
+    class ICudaEngine(Strict):
+        def __init__(self, content: bytes) -> None:
+            import onnxruntime as ort
+
+            about, _, onnx = content.removeprefix(MAGIC).partition(b"\n")
+            self._about = json.loads(about)
+            self._session = ort.InferenceSession(onnx, providers=["CPUExecutionProvider"])
+            (self._input,) = self._session.get_inputs()
+            # TensorRT's order is its own.
+            self._outputs = list(reversed(self._session.get_outputs()))
+            dynamic = self._about["least"] != self._about["most"]
+            self._batch = -1 if dynamic else self._about["most"]
+
+        @property
+        def num_io_tensors(self) -> int:
+            surface.check_property("ICudaEngine", "num_io_tensors")
+            return 1 + len(self._outputs)
+
+        def get_tensor_name(self, index: int) -> str:
+            return str([*self._outputs, self._input][index].name)
+
+        def get_tensor_mode(self, name: str) -> Any:
+            mode = surface.enumerations["TensorIOMode"]
+            return mode.INPUT if name == self._input.name else mode.OUTPUT
+
+        def get_tensor_location(self, name: str) -> Any:
+            assert name
+            location = surface.enumerations["TensorLocation"]
+            return answer("ICudaEngine", "get_tensor_location", location.DEVICE)
+
+        def get_tensor_dtype(self, name: str) -> Any:
+            dtype = surface.enumerations["DataType"]
+            if name == self._input.name:
+                return dtype.UINT8
+            return dtype.HALF if self._about["half"] else dtype.FLOAT
+
+        def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+            return (self._batch, *self._shape(name))
+
+        def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[tuple[int, ...]]:
+            assert profile_index == 0
+            shape = self._shape(name)
+            return [(self._about[key], *shape) for key in ("least", "most", "most")]
+
+        def create_execution_context(self, strategy: Any = None) -> Any:
+            assert strategy is surface.enumerations["ExecutionContextAllocationStrategy"].USER_MANAGED
+            return answer("ICudaEngine", "create_execution_context", IExecutionContext(self))
+
+        def _shape(self, name: str) -> tuple[int, ...]:
+            (tensor,) = (tensor for tensor in [*self._outputs, self._input] if tensor.name == name)
+            return tuple(tensor.shape[1:])
+
+    class IExecutionContext(Strict):
+        def __init__(self, engine: Any) -> None:
+            self._engine = engine
+            self._addresses: dict[str, int] = {}
+            self._memory = (0, 0)
+            self._batch = 0
+
+        def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+            about = self._engine._about
+            fits = about["least"] <= shape[0] <= about["most"] and tuple(shape[1:]) == self._engine._shape(name)
+            self._batch = shape[0]
+            return bool(answer("IExecutionContext", "set_input_shape", fits))
+
+        def infer_shapes(self) -> list[str]:
+            usual: list[str] = [] if self._batch else [self._engine._input.name]
+            return list(answer("IExecutionContext", "infer_shapes", usual))
+
+        def update_device_memory_size_for_shapes(self) -> int:
+            assert self._batch
+            return SCRATCH_BYTES * self._batch
+
+        def set_device_memory(self, memory: int, size: int) -> None:
+            assert size >= SCRATCH_BYTES * self._batch
+            assert memory % 256 == 0
+            self._memory = (memory, size)
+
+        def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+            return (self._batch, *self._engine._shape(name))
+
+        def set_tensor_address(self, name: str, memory: int) -> bool:
+            assert memory % 256 == 0
+            self._addresses[name] = memory
+            return bool(answer("IExecutionContext", "set_tensor_address", True))
+
+        def is_stream_capturable(self, stream: int) -> bool:
+            assert stream
+            return bool(answer("IExecutionContext", "is_stream_capturable", True))
+
+        def execute_async_v3(self, stream_handle: int) -> bool:
+            engine, addresses, memory, batch = self._engine, dict(self._addresses), self._memory, self._batch
+            names = [engine._input.name, *(output.name for output in engine._outputs)]
+            assert sorted(addresses) == sorted(names), "an address is missing"
+            assert memory[0], "there is no scratch memory"
+
+            def run(_: Any) -> None:
+                shape = (batch, *engine._shape(engine._input.name))
+                image = _memory(addresses[engine._input.name], shape, np.uint8).copy()
+                _memory(memory[0], (memory[1],), np.uint8)[:] = 0xEE
+                outputs = [output.name for output in engine._outputs]
+                for name, value in zip(outputs, engine._session.run(outputs, {engine._input.name: image}), strict=True):
+                    dtype = np.float16 if engine._about["half"] else np.float32
+                    _memory(addresses[name], value.shape, dtype)[:] = value
+
+            function = _HOST_FUNCTION(run)
+            kept.append(function)
+            if ("IExecutionContext", "execute_async_v3") in answers:
+                return bool(answer("IExecutionContext", "execute_async_v3", None))
+            result = driver.cuLaunchHostFunc(ctypes.c_void_p(stream_handle), function, None)
+            if result:
+                loggers[-1].log(ILogger.ERROR, f"Cuda Runtime ({result}) while enqueueing")
+            return not result
+
+    if flavour != "rtx":
+        del IExecutionContext.is_stream_capturable
+    for kind in (ILogger, Runtime, ICudaEngine, IExecutionContext):
+        kind.surface = surface
+        setattr(module, kind.__name__, kind)
+    for name, enumeration in surface.enumerations.items():
+        setattr(module, name, enumeration)
+    module.__version__ = VERSIONS[flavour]
+    module.surface, module.answers = surface, answers
+    return module
+
+
+def _memory(address: int, shape: tuple[int, ...], dtype: Any) -> Any:
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    return np.ndarray(shape, dtype, buffer=memoryview((ctypes.c_uint8 * size).from_address(address)))

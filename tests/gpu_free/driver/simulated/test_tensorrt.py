@@ -1,0 +1,446 @@
+"""The TensorRT backend on the simulated driver gives what the CPU gives, whenever the streams run."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from parkdet.runtime.backends.base import BackendOptions, FinishingBackend, open_backend
+from parkdet.runtime.backends.tensorrt import DeviceImage, TensorRtBackend
+from parkdet.runtime.cuda.driver import Device, DriverError, Event, Stream, call
+from parkdet.runtime.detector import Detector
+from parkdet.runtime.errors import ArtifactError, ParkdetError, UsageError
+from parkdet.runtime.geometry import ImageArray, Letterbox
+from parkdet.runtime.model_spec import ModelSpec, TensorSpec
+from parkdet.runtime.nms import NmsSettings
+from tests.gpu_free.driver.simulated.engines import CANVAS, NMS, Found, batch_of, make_engine, on_the_cpu, picture, same
+from tests.gpu_free.driver.simulated.tensorrt_double import tensorrt_double
+from tests.runtime.conftest import TinyModel
+
+OUT_OF_MEMORY, LAUNCH_FAILED = 2, 719
+
+
+@pytest.fixture
+def flavour() -> str:
+    return "11"
+
+
+@pytest.fixture
+def trt(monkeypatch: pytest.MonkeyPatch, flavour: str) -> Any:
+    """The double, in the place of the module."""
+    double = tensorrt_double(flavour)
+    monkeypatch.setitem(sys.modules, double.__name__, double)
+    return double
+
+
+@pytest.fixture(scope="session")
+def model() -> TinyModel:
+    return TinyModel.random()
+
+
+@pytest.fixture
+def engine(tmp_path: Path, model: TinyModel, flavour: str) -> Path:
+    return make_engine(tmp_path / "best.sm75.engine", model, flavour)
+
+
+@pytest.fixture
+def backend(trt: Any, engine: Path, simulation: Any) -> Iterator[TensorRtBackend]:
+    assert trt is not None
+    assert simulation is not None
+    with TensorRtBackend(engine, BackendOptions(device="cuda:0")) as opened:
+        yield opened
+
+
+@pytest.mark.parametrize("flavour", ["10", "11", "rtx"])
+@pytest.mark.parametrize("half", [True, False])
+def test_detections_are_those_of_the_cpu(
+    trt: Any, tmp_path: Path, model: TinyModel, simulation: Any, flavour: str, half: bool
+) -> None:
+    assert simulation is not None
+    engine = make_engine(tmp_path / "x.engine", model, flavour, half=half)
+    images = [picture(64, 96, seed) for seed in range(4)]
+    letterboxes = [Letterbox.fit((64, 96), 96, 16, CANVAS)] * 4
+    expected = on_the_cpu(model, images, letterboxes, NMS, half)
+    assert sum(len(found) for found, _ in expected) > 10
+    with TensorRtBackend(engine, BackendOptions(device="cuda:0")) as backend:
+        assert isinstance(backend, FinishingBackend)
+        assert (backend.canvases, backend.precision) == ((CANVAS,), "fp16" if half else "fp32")
+        for _ in range(3):  # as it is, recorded, replayed
+            assert same(backend.detect(images, letterboxes, NMS), expected, exact=False)
+    assert "IExecutionContext.execute_async_v3(<address>)" in trt.surface.log
+
+
+def test_settings_reach_the_kernels(backend: TensorRtBackend, model: TinyModel) -> None:
+    images, letterboxes = [picture(64, 96, 5)], [Letterbox.fit((64, 96), 96, 16, CANVAS)]
+    for nms in (
+        NmsSettings(conf=0.05, iou=0.7, max_det=50), NmsSettings(conf=0.3, iou=0.2, max_det=3, multi_label=False),
+        NmsSettings(conf=0.1, agnostic=True, iou=0.3), NmsSettings(conf=0.999),
+    ):  # fmt: skip
+        assert same(backend.detect(images, letterboxes, nms), on_the_cpu(model, images, letterboxes, nms), exact=False)
+
+
+def test_scaled_images_are_letterboxed_on_the_device(backend: TensorRtBackend, model: TinyModel) -> None:
+    images, letterboxes = batch_of(4, 0)
+    found = backend.detect(images, letterboxes, NMS)
+    expected = on_the_cpu(model, images, letterboxes, NMS)
+    for (ours, _), (theirs, _) in zip(found, expected, strict=True):
+        # One grey level here and there moves scores a little; the best boxes stay.
+        best = theirs.scores > 0.5
+        assert best.sum() <= len(ours)
+        for box, score, class_id in zip(theirs.xyxy[best], theirs.scores[best], theirs.class_ids[best], strict=True):
+            near = (np.abs(ours.xyxy - box).max(1) < 3) & (ours.class_ids == class_id)
+            assert np.abs(ours.scores[near] - score).min() < 0.1
+
+
+def test_no_image_is_no_work_and_a_batch_shares_a_canvas(backend: TensorRtBackend) -> None:
+    image = picture(64, 96, 1)
+    boxes = [Letterbox.fit((64, 96), 96, 16, CANVAS), Letterbox.fit((64, 96), 96, 16, (112, 112))]
+    with pytest.raises(ValueError, match="share one canvas"):
+        backend.detect([image, image], boxes, NMS)
+    with pytest.raises(ValueError, match=r"engines for canvases of \(\(80, 112\),\), not \(112, 112\)"):
+        backend.detect([image], boxes[1:], NMS)
+
+
+def _serial(engine: Path, batches: list[tuple[list[ImageArray], list[Letterbox]]]) -> list[Found]:
+    with TensorRtBackend(engine, BackendOptions(device="cuda:0")) as backend:
+        answers = []
+        for images, letterboxes in batches:
+            answers.append(backend.detect(images, letterboxes, NMS))
+            with backend._device.current():
+                backend._device.synchronize()
+        return answers
+
+
+BATCHES = [batch_of(count, seed) for seed, count in enumerate((2, 2, 1, 2, 5, 2, 2, 2))]
+
+
+def test_batches_from_several_threads_give_the_serial_result(trt: Any, engine: Path, simulation: Any) -> None:
+    assert trt is not None
+    expected = _serial(engine, BATCHES)
+    assert sum(len(one) for found in expected for one, _ in found) > 50
+    simulation.reset()
+    with TensorRtBackend(engine, BackendOptions(device="cuda:0")) as backend, ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda batch: backend.detect(batch[0], batch[1], NMS), BATCHES))
+    assert all(same(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    assert "cuGraphLaunch" in simulation.calls()
+
+
+@pytest.mark.parametrize("missing", ["the wait for the copy", "the wait for the results", "the copy's event"])
+def test_a_removed_wait_shows_when_streams_run_late(
+    trt: Any, engine: Path, simulation: Any, order: str, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    assert trt is not None
+    if order != "late":
+        pytest.skip("streams that run early hide it")
+    expected = _serial(engine, BATCHES)
+    if missing == "the wait for the copy":
+        monkeypatch.setattr(Stream, "wait", lambda *_: None)
+    elif missing == "the wait for the results":
+        monkeypatch.setattr(Event, "synchronize", lambda *_: None)
+    else:
+        record, counter = Event.record, itertools.count()
+        monkeypatch.setattr(
+            Event, "record", lambda self, stream: None if next(counter) % 2 == 0 else record(self, stream)
+        )
+    wrong = 0
+    with TensorRtBackend(engine, BackendOptions(device="cuda:0")) as backend:
+        for batch, right in zip(BATCHES, expected, strict=True):
+            try:
+                wrong += not same(backend.detect(*batch, NMS), right)
+            except ValueError:  # what came back is no list of detections
+                wrong += 1
+    assert wrong
+    simulation.forget()
+
+
+def test_a_batch_is_recorded_on_its_second_run_and_replayed(backend: TensorRtBackend, simulation: Any) -> None:
+    images, letterboxes = batch_of(4, 1)
+    counts = []
+    first = backend.detect(images, letterboxes, NMS)
+    for _ in range(6):
+        simulation.reset()
+        assert same(backend.detect(images, letterboxes, NMS), first)
+        calls = simulation.calls()
+        counts.append((calls.count("cuStreamBeginCapture"), calls.count("cuGraphLaunch"), calls.count("run:host")))
+    # Two slots: each runs a batch as it is, records it, then replays it.
+    assert counts == [(0, 0, 1), (1, 1, 1), (1, 1, 1), (0, 1, 1), (0, 1, 1), (0, 1, 1)]
+
+
+def test_other_pictures_and_other_settings_are_not_mixed_up_by_graphs(backend: TensorRtBackend, engine: Path) -> None:
+    batches = [batch_of(2, seed) for seed in range(2)]
+    settings = [NMS, NmsSettings(conf=0.4, max_det=5), NmsSettings(conf=0.1, iou=0.3, max_det=50)]
+    cases = [(batch, nms) for batch in batches for nms in settings]
+    rounds = [[backend.detect(*batch, nms) for batch, nms in cases] for _ in range(3)]
+    for index, (batch, nms) in enumerate(cases):
+        with TensorRtBackend(engine, BackendOptions(device="cuda:0")) as fresh:
+            expected = fresh.detect(*batch, nms)
+        assert all(same(found[index], expected) for found in rounds)
+
+
+@pytest.mark.parametrize("flavour", ["11", "rtx"])
+def test_an_engine_that_cannot_be_recorded_runs_without_and_says_so(
+    backend: TensorRtBackend, trt: Any, simulation: Any, caplog: pytest.LogCaptureFixture, flavour: str
+) -> None:
+    images, letterboxes = batch_of(4, 1)
+    first = backend.detect(images, letterboxes, NMS)
+    if flavour == "rtx":
+        trt.answers["IExecutionContext", "is_stream_capturable"] = False
+    else:
+        simulation.fail("cuStreamEndCapture", 0, 901)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(5):
+            assert same(backend.detect(images, letterboxes, NMS), first)
+    assert "cuGraphLaunch" not in simulation.calls()
+    assert caplog.text.count("runs without") == 1
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_said(
+    backend: TensorRtBackend, model: TinyModel, simulation: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    images, letterboxes = batch_of(9, 2)
+    simulation.fail("cuMemAlloc", 4, OUT_OF_MEMORY)
+    with caplog.at_level(logging.WARNING):
+        found = backend.detect(images, letterboxes, NMS)
+    assert "a batch of 4 does not fit the simulated device" in caplog.text
+    assert "going on with 2 at a time" in caplog.text
+    assert len(found) == 9
+    assert "IExecutionContext" in str(type(next(iter(backend._prepared.values())).context._native))
+    assert {batch for _, batch in backend._prepared} == {1, 2}
+    assert same(backend.detect(images, letterboxes, NMS), found)
+    assert model is not None
+
+
+def test_one_image_that_does_not_fit_is_an_error_with_the_remedy(backend: TensorRtBackend, simulation: Any) -> None:
+    images, letterboxes = batch_of(4, 2)
+    simulation.fail("cuMemAlloc", 0, OUT_OF_MEMORY)
+    with pytest.raises(
+        ArtifactError, match=r"a batch of 1 does not fit the simulated device: \d.\d of \d.\d GiB are free"
+    ):
+        backend.detect(images, letterboxes, NMS)
+    simulation.reset()
+    assert len(backend.detect(images, letterboxes, NMS)) == 4
+
+
+def test_a_batch_larger_than_the_engines_or_smaller(
+    trt: Any, tmp_path: Path, model: TinyModel, simulation: Any
+) -> None:
+    assert trt is not None
+    assert simulation is not None
+    images, letterboxes = batch_of(7, 3)
+    fixed = make_engine(tmp_path / "fixed.engine", model, batches=(3, 3))
+    wide = make_engine(tmp_path / "wide.engine", model, batches=(2, 16))
+    answers: list[Found] = []
+    canvases = np.stack([box.apply(image) for box, image in zip(letterboxes, images, strict=True)])
+    for engine in (fixed, wide):
+        with TensorRtBackend(engine, BackendOptions(device="cuda:0")) as backend:
+            answers.append(backend.detect(images, letterboxes, NMS))
+            assert same(backend.detect(images[:1], letterboxes[:1], NMS), answers[0][:1])
+            for ours, theirs in zip(backend.infer(canvases), model.heads(canvases), strict=True):
+                assert ours.dtype == np.float32
+                assert np.allclose(ours, theirs, atol=2e-2, rtol=2e-3)
+    assert same(answers[0], answers[1])
+
+
+def test_several_engines_of_other_canvases_share_a_context(
+    trt: Any, tmp_path: Path, model: TinyModel, simulation: Any
+) -> None:
+    assert trt is not None
+    folder = tmp_path / "engines"
+    folder.mkdir()
+    make_engine(folder / "wide.engine", model, canvas=(80, 112))
+    make_engine(folder / "tall.engine", model, canvas=(112, 80))
+    wide, tall = picture(64, 96, 1), picture(96, 64, 2)
+    boxes = {shape: Letterbox.fit(shape, 96, 16) for shape in ((64, 96), (96, 64))}
+    assert boxes[64, 96].canvas_hw == (80, 112)
+    with open_backend(folder) as backend:
+        assert isinstance(backend, TensorRtBackend)
+        assert backend.canvases == ((80, 112), (112, 80))
+        for image in (wide, tall, wide, tall, wide, tall, wide, tall):
+            box = boxes[image.shape[0], image.shape[1]]
+            assert same(backend.detect([image], [box], NMS), on_the_cpu(model, [image], [box], NMS), exact=False)
+            canvas = box.apply(image)[None]
+            assert np.allclose(backend.infer(canvas)[0], model.heads(canvas)[0], atol=2e-2, rtol=2e-3)
+        assert simulation.live()["contexts"] == 1
+    make_engine(folder / "again.engine", model, canvas=(112, 80))
+    with pytest.raises(
+        ArtifactError, match=r"tall.engine: does not go with .*again.engine: engines that are opened together"
+    ):
+        open_backend(folder)
+
+
+def test_images_of_others_on_the_device_after_their_stream(
+    backend: TensorRtBackend, model: TinyModel, order: str
+) -> None:
+    """As a program with pycuda, CuPy or torch would: its memory, its stream, handed over as integers."""
+    images = [picture(64, 96, seed) for seed in range(3)]
+    letterboxes = [Letterbox.fit((64, 96), 96, 16, CANVAS)] * 3
+    expected = on_the_cpu(model, images, letterboxes, NMS)
+    pitch = 3 * 96 + 32
+    with Device() as device, device.current():
+        stream = int(call("cuStreamCreate", 1))
+        pointers = [int(call("cuMemAlloc", 64 * pitch)) for _ in images]
+        pinned = int(call("cuMemHostAlloc", 64 * pitch * 3, 0))
+        import ctypes
+
+        host = np.ndarray(
+            (3, 64, pitch), np.uint8, buffer=memoryview((ctypes.c_uint8 * (64 * pitch * 3)).from_address(pinned))
+        )
+        for index, image in enumerate(images):
+            host[index, :, : 3 * 96] = image.reshape(64, -1)
+            call("cuMemcpyHtoDAsync", pointers[index], pinned + index * 64 * pitch, 64 * pitch, stream)
+        found = backend.detect_on_device([DeviceImage(p, pitch) for p in pointers], letterboxes, NMS, stream)
+        assert same(found, expected, exact=False)
+        for pointer in pointers:
+            call("cuMemFree", pointer)
+        call("cuMemFreeHost", pinned)
+        call("cuStreamDestroy", stream)
+    assert order
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "instead"),
+    [
+        ("Runtime", "deserialize_cuda_engine", None), ("ICudaEngine", "create_execution_context", None),
+        ("IExecutionContext", "set_input_shape", False), ("IExecutionContext", "infer_shapes", ["images"]),
+        ("IExecutionContext", "set_tensor_address", False), ("IExecutionContext", "execute_async_v3", False),
+    ],
+)  # fmt: skip
+def test_what_tensorrt_refuses_is_an_error_with_its_words(
+    trt: Any, engine: Path, simulation: Any, kind: str, method: str, instead: Any
+) -> None:
+    assert simulation is not None
+    trt.answers[kind, method] = instead
+    images, letterboxes = batch_of(2, 1)
+
+    def session() -> None:
+        with TensorRtBackend(engine, BackendOptions(device="cuda:0")) as backend:
+            backend.detect(images, letterboxes, NMS)
+
+    with pytest.raises(ParkdetError, match="the engine is unwell; and says why"):
+        session()
+
+
+def test_out_of_memory_in_tensorrt_shrinks_the_batch(
+    backend: TensorRtBackend, trt: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    trt.answers["ICudaEngine", "create_execution_context"] = None
+    trt.answers.messages = ("Error Code 2: OutOfMemory (Requested size was 9 bytes.)",)
+    with caplog.at_level(logging.WARNING), pytest.raises(ArtifactError, match="a batch of 1 does not fit"):
+        backend.detect(*batch_of(4, 1), NMS)
+    assert "going on with 2 at a time" in caplog.text
+
+
+def test_engines_that_this_machine_cannot_run(trt: Any, tmp_path: Path, model: TinyModel, simulation: Any) -> None:
+    assert trt is not None
+    assert simulation is not None
+    for changed, told in (
+        ({"architectures": (86,)}, "built for compute capability 8.6, this GPU has 7.5"),
+        ({"version": "10.16.1.11"}, "was built with TensorRT 10.16.1.11, this is 11.4.0.106"),
+        ({"engine_sha256": "1" * 64}, "is not the file that"),
+    ):
+        engine = make_engine(tmp_path / "wrong.engine", model, **changed)
+        with pytest.raises(ArtifactError, match=told):
+            open_backend(engine)
+    engine = make_engine(tmp_path / "rtx.engine", model, "rtx")
+    with pytest.raises(UsageError, match="tensorrt_rtx cannot be imported"):
+        open_backend(engine)
+    other: ModelSpec = replace(model.spec, outputs=(TensorSpec(name="x", dtype="float16", shape=(1,)),))
+    engine = make_engine(tmp_path / "names.engine", model, spec=other)
+    with pytest.raises(ArtifactError, match="gives head1, head0, its model spec x"):
+        open_backend(engine)
+    (tmp_path / "bad.engine").write_bytes(b"no engine")
+    with pytest.raises(ArtifactError, match=r"has no bad\.engine\.json beside it"):
+        open_backend(tmp_path / "bad.engine")
+
+
+def test_the_detector_runs_on_an_engine(trt: Any, engine: Path, model: TinyModel, simulation: Any) -> None:
+    assert trt is not None
+    assert simulation is not None
+    image = picture(64, 96, 7)
+    with Detector(engine, conf=0.2, iou=0.5, max_det=20, multi_label=True) as detector:
+        found = detector(image)
+    ((expected, _),) = on_the_cpu(model, [image], [Letterbox.fit((64, 96), 96, 16, CANVAS)], NMS)
+    assert len(expected) > 2
+    assert np.allclose(found.scores, expected.scores, atol=1e-5)
+
+
+def test_after_close_nothing_runs(backend: TensorRtBackend) -> None:
+    backend.close()
+    with pytest.raises(ValueError, match="closed"):
+        backend.detect(*batch_of(2, 1), NMS)
+
+
+def _session(engine: Path) -> None:
+    """A backend's life: opened, used with and without graphs, heads fetched, closed."""
+    images, letterboxes = batch_of(1, 0)
+    with TensorRtBackend(engine, BackendOptions(device="cuda:0")) as backend:
+        for _ in range(3):  # the third is recorded
+            backend.detect(images, letterboxes, NMS)
+        backend.infer(np.zeros((1, *CANVAS, 3), np.uint8))
+
+
+GIVING_BACK = ("Free", "Destroy", "Unload", "Release", "cuCtxPopCurrent")
+
+
+def test_each_call_that_fails_is_told_and_everything_is_given_back(
+    trt: Any, engine: Path, simulation: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert trt is not None
+    _session(engine)
+    calls = simulation.calls()
+    # Every name at its first and its last place: what lies between repeats.
+    places = {(name, number) for name in set(calls) for number in (1, calls.count(name))}
+    assert len(places) > 50
+    for name, number in sorted(places):
+        if name.startswith("cuGetErrorString"):
+            continue
+        simulation.reset()
+        simulation.fail(name, number, LAUNCH_FAILED)
+        caplog.clear()
+        message = ""
+        try:
+            _session(engine)
+        except ParkdetError as told:
+            message = str(told)
+        else:  # an engine that cannot be recorded runs without
+            assert name == "cuLaunchHostFunc"
+            message = caplog.text
+        assert "CUDA_ERROR_LAUNCH_FAILED" in message or "Cuda Runtime (719)" in message, (name, number, message)
+        live = simulation.live()
+        if name == "cuCtxPushCurrent" and number == calls.count(name):
+            simulation.forget()  # when closing: without the context nothing can be given back
+        elif any(word in name for word in GIVING_BACK):
+            assert sum(count > 0 for count in live.values()) <= 1, (name, number, live)
+            simulation.forget()
+        else:
+            assert not any(live.values()), (name, number, live)
+
+
+def test_threads_that_meet_a_failure_leave_nothing_behind(trt: Any, engine: Path, simulation: Any) -> None:
+    assert trt is not None
+    errors: list[str] = []
+    lock = threading.Lock()
+
+    def work(backend: TensorRtBackend, seed: int) -> None:
+        try:
+            backend.detect(*batch_of(4, seed), NMS)
+        except DriverError as error:
+            with lock:
+                errors.append(error.name)
+
+    with TensorRtBackend(engine, BackendOptions(device="cuda:0")) as backend:
+        simulation.fail("run:kernel", 40, LAUNCH_FAILED)
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda seed: work(backend, seed), range(8)))
+    assert errors
+    assert set(errors) == {"CUDA_ERROR_LAUNCH_FAILED"}
