@@ -20,8 +20,8 @@ __device__ inline Span span_of(int at, int resized, int source) {
     span.last = end / resized;
     const int before = span.first * resized - begin;
     const int after = end - span.last * resized;
-    // OpenCV leaves out slivers of a thousandth of a pixel.
-    span.before = before * 1000LL > resized ? static_cast<float>(before) / source : 0.f;
+    // OpenCV leaves out slivers of a thousandth of a pixel; one of exactly that, its rounding takes in before only.
+    span.before = before * 1000LL >= resized ? static_cast<float>(before) / source : 0.f;
     span.whole = static_cast<float>(resized) / source;
     span.after = after * 1000LL > resized ? static_cast<float>(after) / source : 0.f;
     return span;

@@ -22,7 +22,14 @@ from pathlib import Path
 
 import click
 
-from tests.gpu_free.kernels.cases import letterbox_cases, nms_cases, thread_cases, write_cases
+from tests.gpu_free.kernels.cases import (
+    LetterboxCase,
+    NmsCase,
+    letterbox_cases,
+    nms_cases,
+    thread_cases,
+    write_cases,
+)
 from tests.gpu_free.kernels.mutation import FILES, Mutant, mutants
 from tests.gpu_free.kernels.simulation import HERE, KERNELS, CompileError, case_runner, run_cases
 
@@ -51,11 +58,11 @@ class Laboratory:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.texts = {file: (KERNELS / file).read_text() for file in FILES}
-        self.cases = {"nms.cuh": folder / "nms", "letterbox.cuh": folder / "letterbox"}
-        write_cases(self.cases["nms.cuh"], list(nms_cases()))
-        write_cases(self.cases["letterbox.cuh"], list(letterbox_cases()))
-        self.thread_cases = folder / "thread"
-        write_cases(self.thread_cases, list(thread_cases()))
+        self.cases: dict[tuple[str, bool], Path] = {}
+        for file, kind in (("nms.cuh", NmsCase), ("letterbox.cuh", LetterboxCase)):
+            for for_threads, cases in ((False, [*nms_cases(), *letterbox_cases()]), (True, [*thread_cases()])):
+                self.cases[file, for_threads] = folder / f"{file}-{for_threads}"
+                write_cases(self.cases[file, for_threads], [case for case in cases if isinstance(case, kind)])
 
     def judge(self, mutant: Mutant, sanitizer: str) -> str:
         """How the mutant was found out; `not compiled`; or nothing, if it was not."""
@@ -69,8 +76,7 @@ class Laboratory:
             except CompileError:
                 return "not compiled"
             try:
-                cases = self.thread_cases if sanitizer == "thread" else self.cases[mutant.file]
-                found = run_cases(runner, cases, SECONDS[sanitizer])
+                found = run_cases(runner, self.cases[mutant.file, sanitizer == "thread"], SECONDS[sanitizer])
             finally:
                 runner.unlink(missing_ok=True)
         return f"{sanitizer or 'cases'}: {found.splitlines()[0]}" if found else ""
