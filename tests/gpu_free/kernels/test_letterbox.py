@@ -57,3 +57,24 @@ def test_photographs_sizes_are_equal_to_the_bit(simulation: Simulation, hw: tupl
 def test_a_side_that_overflows_is_refused() -> None:
     with pytest.raises(ValueError, match="a side of 900000 pixels scaled to 1536 is too long"):
         letterbox_launch(Letterbox.fit((10, 900_000), 1536, 64), 0, 0)
+
+
+@pytest.mark.bench
+def test_how_often_a_grey_level_differs(simulation: Simulation) -> None:
+    """`./dev bench tests/gpu_free/kernels/test_letterbox.py`: random images of up to 140 pixels a side."""
+    random = np.random.default_rng(1)
+    for name, larger in (("shrunk", False), ("enlarged", True)):
+        images = values = differ = in_images = worst = 0
+        while images < 5000:
+            height, width, imgsz = (int(side) for side in random.integers(1, 141, 3))
+            if (imgsz > max(height, width)) != larger:
+                continue
+            box = Letterbox.fit((height, width), imgsz, int(random.choice([1, 8, 32])))
+            image = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
+            apart = np.abs(simulation.letterbox(box, image).astype(int) - box.apply(image))
+            images, values, differ = images + 1, values + apart.size, differ + int((apart > 0).sum())
+            in_images, worst = in_images + bool(apart.any()), max(worst, int(apart.max()))
+        print(
+            f"{name}: {differ:,} of {values:,} values differ, by {worst} at most, in {in_images} of {images:,} images"
+        )
+        assert worst <= 1
