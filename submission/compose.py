@@ -56,6 +56,11 @@ def compose(asked: Composition, data: ContestData, say: Say) -> Composed:
     if not asked.tune_runs:
         return Composed(fit=_cut(asked, None, None))
     validation, table_of = _validation(asked, data)
+    if len(validation.image_ids) == len(data.train_labels().records):
+        say(
+            "warning: --tune: the run covers all labelled images, also those that the model learned from, of which it "
+            "is surer than of others; make it with 'parkdet infer --split val'"
+        )
     nms_tuning, nms = _nms(asked, validation, say)
     if nms is not None:
         validation = replace(validation, table=table_of(nms), max_det=nms.max_det)
@@ -108,10 +113,8 @@ def _nms(asked: Composition, validation: Validation, say: Say) -> tuple[NmsTunin
     inferred = validation_run.nms
     if len(asked.runs) > 1 or not validation_run.has_candidates or inferred is None:
         return None, None
-    say("trying other settings of NMS on the candidates of the validation images")
-    images = list(read_candidates(validation_run.folder))
-    share = scaled_limit(asked.limit_bytes, len(images), asked.image_count)
-    found = search_nms(images, validation, share, inferred)
+    share = scaled_limit(asked.limit_bytes, len(validation.image_ids), asked.image_count)
+    found = search_nms(lambda: read_candidates(validation_run.folder), validation, share, inferred, say)
     return found, found.best if found.wins and run.has_candidates else None
 
 

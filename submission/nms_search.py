@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,7 +16,7 @@ from parkdet.submission.runs import NmsChoice, suppressed
 from parkdet.submission.tune import Validation, folds_of
 
 IOUS = (0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8)
-MAX_DETS = (20, 50, 100, 300)
+MAX_DETS = (20, 50, 100, 200)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,19 +40,26 @@ class NmsTuning:
 
 
 def search_nms(
-    candidates: Sequence[ImageCandidates], validation: Validation, limit_bytes: int, inferred: NmsChoice
+    candidates: Callable[[], Iterable[ImageCandidates]],
+    validation: Validation,
+    limit_bytes: int,
+    inferred: NmsChoice,
+    say: Callable[[str], None],
 ) -> NmsTuning:
-    """Tries every IoU and `max_det` on the validation images' candidates.
+    """Tries every IoU and `max_det` on the validation images' candidates, which are read anew for every IoU.
 
     `limit_bytes` is that of the validation images' own file: more detections an image leave less room for each.
+    `say` takes a line of progress.
     """
     validation.require_truth()
     images = validation.image_ids
     max_dets = sorted({*MAX_DETS, inferred.max_det})
     kept: dict[NmsChoice, pl.DataFrame] = {}
     matches: dict[NmsChoice, Matches] = {}
-    for iou in sorted({*IOUS, inferred.iou}):
-        most = suppressed(candidates, NmsChoice(iou, max_dets[-1]))
+    ious = sorted({*IOUS, inferred.iou})
+    for number, iou in enumerate(ious, start=1):
+        say(f"NMS at IoU {iou:g} on the candidates of the validation images ({number} of {len(ious)})")
+        most = suppressed(candidates(), NmsChoice(iou, max_dets[-1]))
         # NMS stops at max_det: fewer are the first of an image.
         rank = most.select(pl.int_range(pl.len()).over("image_id")).to_series()
         for max_det in max_dets:

@@ -102,6 +102,8 @@ def test_thresholds_by_class_are_better_on_the_test_images(
     code, out, err = run_cli(*common, "--tune", tune, "--output", tmp_path / "tuned.json")
     assert code == 0, err
     assert "choosing thresholds by class" in err
+    # All labelled images of this data set are in the run.
+    assert "warning: --tune: the run covers all labelled images" in err
     single, tuned = score_of(tmp_path / "single.json", test_truth), score_of(tmp_path / "tuned.json", test_truth)
     assert tuned > single + 0.05
     assert 19_900 < (tmp_path / "tuned.json").stat().st_size < 20_000
