@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from parkdet.runtime.errors import UsageError
 from parkdet.train.config import TrainSettings
 from parkdet.train.ema import WeightAverage
 from parkdet.train.model.loss import DetectionLoss, scaled_gains
@@ -155,9 +156,9 @@ class Learner:
 
 
 def frozen_layers(freeze: int | tuple[int, ...], count: int) -> tuple[int, ...]:
-    """Which of `count` layers do not learn: the first `freeze`, or those listed. ValueError where one is not there."""
+    """Which of `count` layers do not learn: the first `freeze`, or those listed. UsageError where one is not there."""
     indices = tuple(range(freeze)) if isinstance(freeze, int) else freeze
     wrong = [index for index in indices if not 0 <= index < count]
     if wrong:
-        raise ValueError(f"freeze: there is no layer {wrong[0]}, the network has {count}, counted from 0")
+        raise UsageError(f"freeze: there is no layer {wrong[0]}; the network has {count}, counted from 0")
     return indices

@@ -221,6 +221,23 @@ def test_the_cache_holds_the_images_at_their_size(tmp_path: Path) -> None:
         np.testing.assert_array_equal(cached.image(index), read.image(index))
 
 
+def test_images_used_lately_are_not_decoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = make_samples(tmp_path, 3)
+    size = 24 * 32 * 3
+    monkeypatch.setattr(image_store, "RECENT_BYTES", 2 * size)
+    store, decoded = ImageStore(samples, 32), list[int]()
+    read = store._read
+
+    def reading(index: int) -> Any:
+        decoded.append(index)
+        return read(index)
+
+    monkeypatch.setattr(store, "_read", reading)
+    for index in (0, 1, 0, 2, 0, 1):  # 2 takes the place of 1, 1 that of 2
+        np.testing.assert_array_equal(store.image(index), read(index))
+    assert decoded == [0, 1, 2, 1]
+
+
 def test_a_cache_that_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     samples = make_samples(tmp_path, 3)
     need = 3 * 24 * 32 * 3

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 
 from parkdet.runtime.errors import DataError, Interrupted, UsageError
-from parkdet.train import load_checkpoint, save_checkpoint
+from parkdet.train import load_checkpoint, loop, save_checkpoint
+from parkdet.train.budget import TimeBudget
 from parkdet.train.config import load_recipe
 from parkdet.train.interrupt import StopSwitch
+from parkdet.train.learner import Learner
 from parkdet.train.loop import StageTrainer
 from parkdet.train.model.network import build_network
+from parkdet.train.validate import validate
 from parkdet.train.run import RunSettings, resume_run, start_run, whole_cells
 
 TINY = ("imgsz=64", "batch_size=4", "epochs=1", "cache=none", "precision=fp32", "mosaic=0.0")
@@ -160,3 +166,89 @@ def test_other_classes_are_not_resumed_with(tmp_path: Path, monkeypatch: pytest.
     labels.write_text(labels.read_text().replace("class 9", "class nine"))
     with pytest.raises(DataError, match=r"last\.pt.*class 9.*class nine"):
         resume_run(tmp_path / "run", lambda _line: None)
+
+
+class StepClock:
+    """A clock that a training moves: two seconds a batch, three a validation."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        take_in, measure = Learner.take_in, validate
+
+        def taking_in(learner: Learner, *batch: Any) -> Any:
+            self.now += 2
+            return take_in(learner, *batch)
+
+        def measuring(*arguments: Any, **options: Any) -> Any:
+            self.now += 3
+            return measure(*arguments, **options)
+
+        monkeypatch.setattr(Learner, "take_in", taking_in)
+        monkeypatch.setattr(loop, "validate", measuring)
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_time_budget_spans_stages_and_sessions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tmp_path / "two.yaml"
+    recipe.write_text("base: small.yaml\nstages:\n- {name: a, epochs: 30}\n- {name: b, epochs: 10, lr0: 0.001}\n")
+    # Seven images train and one validates: two batches an epoch. By the recipe 40 epochs and 163 seconds.
+    settings = run_settings(write_data(tmp_path / "data", 8)).model_copy(
+        update={"recipe": load_recipe(str(recipe), (*TINY[:2], *TINY[3:], "val_period=0", "warmup_epochs=0.0"))}
+    )
+    clock = StepClock(monkeypatch)
+    said: list[str] = []
+    folder = tmp_path / "run"
+    folder.mkdir()
+
+    interrupted: list[float] = []
+
+    def stopping(trainer: StageTrainer, stop: StopSwitch) -> None:
+        if trainer.epoch == 9 and not interrupted:
+            interrupted.append(clock.now)
+            trainer._interrupt()
+        train_epoch(trainer, stop)
+
+    train_epoch = StageTrainer._train_epoch
+    monkeypatch.setattr(StageTrainer, "_train_epoch", stopping)
+    with pytest.raises(Interrupted):
+        start_run(folder, settings, said.append, budget=TimeBudget(100, clock=clock))
+    assert "30 of the recipe" in "\n".join(said)
+    clock.now += 10_000  # what lies between two sessions does not count
+    resumed_at = clock.now
+    best = resume_run(folder, said.append, budget=TimeBudget(100, clock=clock))
+    used = interrupted[0] + clock.now - resumed_at
+    assert 80 < used <= 100
+    rows = {
+        stage: [row.split(",") for row in (folder / stage / "results.csv").read_text().splitlines()[1:]]
+        for stage in "ab"
+    }
+    assert len(rows["a"]) < 30 and len(rows["b"]) < 10
+    assert len(rows["a"]) > 2 * len(rows["b"])
+    # Both annealed: the last rate of a stage is near its lr0 * lrf.
+    assert float(rows["a"][-1][13]) < 0.08 * 0.01
+    assert float(rows["b"][-1][13]) < 0.2 * 0.001
+    assert load_checkpoint(best).training["used_seconds"] == pytest.approx(used, abs=4)
+    assert said[-1].startswith("time budget: 1 min")
+
+
+def test_a_disk_that_is_full_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = write_data(tmp_path / "data", 6)
+    stop_after_one_epoch(tmp_path / "run", run_settings(data, "epochs=3"), monkeypatch)
+    last = tmp_path / "run" / "weights" / "last.pt"
+    before = last.read_bytes()
+    # A kill within a save leaves this; the next session takes it away.
+    (last.parent / ".last.pt.12345.tmp").write_bytes(b"half")
+
+    def full(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            resume_run(tmp_path / "run", lambda _line: None)
+    assert last.read_bytes() == before
+    assert [path.name for path in last.parent.iterdir() if path.suffix == ".tmp"] == []
+    assert resume_run(tmp_path / "run", lambda _line: None).is_file()
+    assert load_checkpoint(last).training["finished"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +20,10 @@ from parkdet.train.data.disk_cache import DiskCache, default_cache_dir
 from parkdet.train.data.samples import Sample
 
 log = logging.getLogger(__name__)
+
+RECENT_BYTES = 256_000_000
+"""Scaled images that every process keeps after their use, in case they are soon wanted again; less where the memory
+that is available is under 64 times that."""
 
 CacheMode = Literal["none", "ram", "disk"]
 
@@ -61,6 +66,8 @@ class ImageStore:
             )
         )
         self._cached: ImageArray | None = None
+        self._recent: OrderedDict[int, ImageArray] = OrderedDict()
+        self._recent_room = min(RECENT_BYTES, available_memory() // 64)
         self.unreadable: dict[int, str] = {}
         """What was found wrong while the cache was filled, by index."""
         self._disk: DiskCache | None = None
@@ -95,7 +102,14 @@ class ImageStore:
             raise UnreadableImageError(index, self.unreadable[index])
         if self._cached is not None:
             return self._slot(self._cached, index)
-        return self._read(index)
+        image = self._recent.pop(index, None)
+        if image is None:
+            image = self._read(index)
+            self._recent_room -= image.nbytes
+        self._recent[index] = image
+        while self._recent_room < 0:
+            self._recent_room += self._recent.popitem(last=False)[1].nbytes
+        return image
 
     def _slot(self, buffer: ImageArray, index: int) -> ImageArray:
         pixels = buffer[self._offsets[index] : self._offsets[index + 1]]

@@ -6,10 +6,12 @@ or another order of calls cannot change a pixel.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import multiprocessing
 import signal
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -41,6 +43,8 @@ from parkdet.train.data.sampling import (
 
 log = logging.getLogger(__name__)
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""Names of `mallopt` settings in glibc's malloc.h."""
 MAX_REPLACEMENTS = 20
 """Unreadable images that one canvas puts up with before the run stops."""
 
@@ -295,6 +299,18 @@ def _start_worker(_worker_id: int) -> None:
     # A process for every image is parallel enough: more threads would only take turns.
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
+    _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    """Let the C library keep what arrays of image size gave back: fresh pages from the kernel cost a third of the time.
+
+    Where it has no such setting (not glibc) nothing changes.
+    """
+    with suppress(OSError, AttributeError):
+        library = ctypes.CDLL(None)
+        library.mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the largest that it takes
+        library.mallopt(_M_TRIM_THRESHOLD, 512 << 20)
 
 
 def _outlive_one(number: int, _frame: FrameType | None) -> None:
