@@ -17,10 +17,9 @@ COLD_BATCHES = 2
 """First batches of a session, which also load libraries and choose kernels: not measured."""
 HORIZON = 100
 """Batches over which the measured time of one is averaged."""
-MARGIN = 0.01
-"""Share of the budget that is kept for what is not measured,"""
-MARGIN_SECONDS = 20.0
-"""up to so many seconds."""
+MARGIN_SECONDS, MARGIN, MOST_MARGIN, MOST_SHARE = 10.0, 0.01, 60.0, 0.1
+"""What is kept for the pictures at the end and what else is not measured: so many seconds and a share of the budget,
+but no more than so many seconds and such a share."""
 WORTH_SAYING = 0.02
 """A plan is said when its end moved by this share of the stage."""
 
@@ -68,7 +67,7 @@ class TimeBudget:
 
     @property
     def margin(self) -> float:
-        return min(MARGIN * self.seconds, MARGIN_SECONDS)
+        return min(MARGIN_SECONDS + MARGIN * self.seconds, MOST_MARGIN, MOST_SHARE * self.seconds)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,8 +20,8 @@ from parkdet.train.interrupt import StopSwitch
 from parkdet.train.learner import Learner
 from parkdet.train.loop import StageTrainer
 from parkdet.train.model.network import build_network
-from parkdet.train.validate import validate
 from parkdet.train.run import RunSettings, resume_run, start_run, whole_cells
+from parkdet.train.validate import validate
 
 TINY = ("imgsz=64", "batch_size=4", "epochs=1", "cache=none", "precision=fp32", "mosaic=0.0")
 
