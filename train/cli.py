@@ -124,11 +124,12 @@ def train(
     with process_group(device) as (ranks, device_name), quiet_decoders():
         say = _say if ranks.first else _say_nothing
         if resume is not None:
-            run = latest_run(project) if resume == _LATEST else Path(resume)
+            # Rank 0 alone has the folder.
+            run = latest_run(project) if resume == _LATEST and ranks.first else Path(resume)
             best = resume_run(run, say, ranks=ranks, device_name=device_name, budget=budget)
         else:
             assert data is not None
-            settings, parts = _new_run(data, config, hyp, weights, given, device_name)
+            settings, parts = _new_run(data, config, hyp, weights, given, device_name, check=ranks.first)
             settings = settings.model_copy(
                 update={
                     "device": device,
@@ -146,9 +147,18 @@ def train(
 
 
 def _new_run(
-    data: Path, config: str | None, hyp: Path | None, weights: Path | None, given: tuple[str, ...], device_name: str
+    data: Path,
+    config: str | None,
+    hyp: Path | None,
+    weights: Path | None,
+    given: tuple[str, ...],
+    device_name: str,
+    check: bool,
 ) -> tuple[RunSettings, TrainingData]:
-    """The settings of a run that is to begin, and its data: what can be wrong is found before a folder is made."""
+    """The settings of a run that is to begin, and its data: what can be wrong is found before a folder is made.
+
+    `check`: open what the run starts from too, which rank 0 alone has.
+    """
     from parkdet.train.checkpoint import load_checkpoint
     from parkdet.train.config import hyp_overrides, load_recipe
     from parkdet.train.model.network import load_architecture
@@ -163,9 +173,9 @@ def _new_run(
         recipe = recipe.model_copy(update={"weights": str(Path(recipe.weights).resolve())})
     pick_device(device_name)
     parts = read_training_data(data, recipe)
-    if recipe.weights is not None:
+    if check and recipe.weights is not None:
         load_checkpoint(recipe.weights)
-    else:
+    elif recipe.weights is None:
         load_architecture(recipe.model)
     return RunSettings(data=str(data.resolve()), recipe=recipe), parts
 

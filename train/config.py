@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -175,11 +176,8 @@ def shipped_recipes() -> dict[str, Path]:
 def hyp_overrides(path: Path) -> tuple[str, ...]:
     """The settings in a file of YOLOv5's hyper-parameters (`hyp.*.yaml`) as overrides. ConfigError as for a recipe."""
     settings = load_settings(TrainSettings, path)
-    return tuple(
-        f"train.{name}={getattr(settings, name)}"
-        for name in TrainSettings.model_fields
-        if name in settings.model_fields_set
-    )
+    values = settings.model_dump(mode="json", exclude_unset=True)
+    return tuple(f"train.{name}={json.dumps(value)}" for name, value in values.items())
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:

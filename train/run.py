@@ -92,7 +92,9 @@ def resume_run(
     `device_name` and `budget` replace the run's own; time that the run took before counts. Of several processes,
     rank 0 alone needs the folder.
     """
-    folder, settings = ranks.from_first(_stopped_run(run) if ranks.first else None) or _stopped_run(run)
+    stopped = ranks.from_first(_stopped_run(run) if ranks.first else None)
+    assert stopped is not None
+    folder, settings = stopped
     say(f"resuming {folder}")
     device = settings.device if device_name == "auto" and ranks.world == 1 else device_name
     with sole_writer(folder) if ranks.first else nullcontext():

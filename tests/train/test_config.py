@@ -9,7 +9,14 @@ import pytest
 
 from parkdet.runtime.errors import ConfigError, UsageError
 from parkdet.runtime.settings import dump_settings, load_settings
-from parkdet.train.config import CONTEST_METRIC, Recipe, TrainSettings, load_recipe, shipped_recipes
+from parkdet.train.config import (
+    CONTEST_METRIC,
+    Recipe,
+    TrainSettings,
+    hyp_overrides,
+    load_recipe,
+    shipped_recipes,
+)
 from parkdet.train.model.network import load_architecture
 from parkdet.train.run import RunSettings
 
@@ -144,3 +151,50 @@ def test_a_file_may_be_a_diff_of_a_shipped_recipe(tmp_path: Path) -> None:
     contest = load_recipe("contest")
     assert recipe == contest.model_copy(update={"train": contest.train.model_copy(update={"imgsz": 640})})
     assert isinstance(recipe, Recipe)
+
+
+HYP = """
+# Hyperparameters for low-augmentation COCO training from scratch
+lr0: 0.00334 # initial learning rate (SGD=1E-2, Adam=1E-3)
+lrf: 0.15135
+momentum: 0.74832
+weight_decay: 0.00025
+warmup_epochs: 3.3835
+warmup_momentum: 0.59462
+warmup_bias_lr: 0.18657
+box: 0.02
+cls: 0.21638
+cls_pw: 0.5
+obj: 0.51728
+obj_pw: 0.67198
+iou_t: 0.2
+anchor_t: 3.3744
+# anchors: 3.63
+fl_gamma: 0.0
+hsv_h: 0.01041
+hsv_s: 0.54703
+hsv_v: 0.27739
+degrees: 0.0
+translate: 0.04591
+scale: 0.75544
+shear: 1e-05
+perspective: 0.0
+flipud: 0
+fliplr: 0.5
+mosaic: 0.85834
+mixup: 0.04266
+copy_paste: 0.0
+"""
+
+
+def test_a_hyper_parameter_file_of_yolov5s_goes_over_all_stages(tmp_path: Path) -> None:
+    path = tmp_path / "hyp.yaml"
+    path.write_text(HYP)
+    overrides = hyp_overrides(path)
+    assert len(overrides) == 28
+    for _, settings in load_recipe("contest", overrides).stage_settings():
+        assert (settings.lr0, settings.shear, settings.iou_t, settings.flipud) == (0.00334, 1e-05, 0.2, 0)
+        assert (settings.imgsz, settings.epoch_parts) == (1280, 15)
+    path.write_text("lr0: 0.1\nmosiac: 1.0\n")
+    with pytest.raises(ConfigError, match=r"hyp\.yaml:2:1 mosiac: unknown key.*'mosaic'"):
+        hyp_overrides(path)
