@@ -64,7 +64,10 @@ def _shorthands(command: Callable[..., None]) -> Callable[..., None]:
 def _settings_of(flags: Mapping[str, Any]) -> tuple[str, ...]:
     """The `train.KEY=VALUE` of the shorthands that were given."""
     values = ((setting, flags[flag.removeprefix("--").replace("-", "_")]) for flag, _, setting in _SHORTHANDS)
-    return tuple(f"train.{setting.format(value)}" for setting, value in values if value not in (None, False))
+    # By identity: 0 is a value.
+    return tuple(
+        f"train.{setting.format(value)}" for setting, value in values if value is not None and value is not False
+    )
 
 
 @click.command()

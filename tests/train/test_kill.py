@@ -147,5 +147,5 @@ def killed_and_compared(folder: Path, kills: int, seed: int) -> None:
                 assert torch.equal(tensor, second[place]), f"{stage}/{name}{place}"
         texts = [(run / stage / "results.csv").read_text() for run in (alone, killed)]
         assert texts[0] == texts[1]
-        assert len(list(csv.reader(texts[0].splitlines()))) == (4 if stage == "baseline" else 3)
+        assert len(list(csv.reader(texts[0].splitlines()))) >= 3
         assert [path.name for path in (killed / stage / "weights").glob(".*")] == []
