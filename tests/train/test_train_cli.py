@@ -62,7 +62,8 @@ def test_flags_as_yolov5_has_them(tmp_path: Path, run_cli: RunCli, monkeypatch: 
     assert settings.time_budget == 3600
     assert "time budget: " in err
     assert "anchors:" not in err
-    assert len(list((tmp_path / "cache").rglob("*.bgr"))) == 5  # the sixth image validates
+    # Of five images as many as the weights have drawn.
+    assert 1 <= len(list((tmp_path / "cache").rglob("*.bgr"))) <= 5
 
     code, _, err = run_cli("train", "--resume")
     assert code == 2
