@@ -27,14 +27,14 @@ class TinyModel:
     @classmethod
     def random(cls, seed: int = 0, **spec_fields: Any) -> TinyModel:
         rng = np.random.default_rng(seed)
-        spec = ModelSpec(
-            class_names=("car", "person", "cart"),
-            category_ids=(3, 7, 8),
-            strides=(8, 16),
-            anchors=(((10, 13), (30, 20)), ((60, 50), (100, 90))),
-            imgsz=96,
-            **spec_fields,
-        )
+        fields: dict[str, Any] = {
+            "class_names": ("car", "person", "cart"),
+            "category_ids": (3, 7, 8),
+            "strides": (8, 16),
+            "anchors": (((10, 13), (30, 20)), ((60, 50), (100, 90))),
+            "imgsz": 96,
+        }
+        spec = ModelSpec(**{**fields, **spec_fields})
         channels = spec.anchors_per_cell * spec.num_outputs
         return cls(
             spec,
