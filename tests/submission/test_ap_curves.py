@@ -28,6 +28,27 @@ def test_the_ends_sum_to_the_metric(small_world: World, weights: dict[str, float
         assert sum(curve.values[-1] for curve in curves.values()) == pytest.approx(expected, abs=1e-12)
 
 
+def test_boxes_that_overlap_equally_are_matched_as_in_coco() -> None:
+    """On a coarse grid many IoUs are equal, to one another and to a threshold."""
+    columns = ["image_id", "category_id", "x", "y", "w", "h", "score"]
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        truth_boxes, boxes = (
+            np.column_stack((rng.choice([0, 5, 10], (count, 2)), rng.choice([5, 10, 20], (count, 2))))
+            for count in (8, 16)
+        )
+        annotations = [
+            {"id": number, "image_id": 1 + number % 2, "category_id": 1, "bbox": box.tolist(),
+             "area": float(box[2] * box[3]), "iscrowd": int(number == 7)}
+            for number, box in enumerate(truth_boxes, start=1)
+        ]  # fmt: skip
+        rows = [(1 + n % 2, 1, *map(float, box), float(rng.choice([0.2, 0.5, 0.9]))) for n, box in enumerate(boxes)]
+        table = pl.DataFrame(rows, schema=columns, orient="row")
+        truth = {"images": [{"id": 1}, {"id": 2}], "categories": [{"id": 1, "name": "a"}], "annotations": annotations}
+        curves = measured_curves(match(*evaluation_columns(table, truth), {"map": 1.0}, 50))
+        assert curves[1].values[-1] == pytest.approx(evaluate(table, truth, max_det=50).map, abs=1e-12)
+
+
 def test_every_point_is_the_metric_of_those_detections(small_world: World) -> None:
     for seed in range(6):
         table, truth = small_world(seed)

@@ -320,6 +320,19 @@ def test_prices_come_before_scores(
         assert above <= kept <= above + sum(row["score"] == threshold for row in mine)
 
 
+def test_thresholds_lie_just_below_the_last_score_that_is_in() -> None:
+    prices = prices_of(a=[(0.9, 5.0), (0.5, 2.0)], b=[(0.25, 3.0)], c=[])
+
+    def below(score: float) -> float:
+        return float(np.nextafter(np.float32(score), np.float32(0)))
+
+    # Levels: 5.0 is 3, 3.0 is 2, 2.0 is 1, nothing is 0.
+    assert prices.thresholds(3, 0.95) == {1: 0.95, 2: 1.0, 3: 1.0}
+    assert prices.thresholds(2, 0.6) == {1: below(0.9), 2: 0.6, 3: 1.0}
+    assert prices.thresholds(1, 0.7) == {1: 0.7, 2: below(0.25), 3: 1.0}
+    assert prices.thresholds(0, 0.3) == {1: 0.3, 2: below(0.25), 3: 0.3}
+
+
 @pytest.mark.parametrize("steps", [[(0.5, 1.0), (0.5, 0.5)], [(0.5, 1.0), (0.4, 2.0)], [(0.5, -1.0)]])
 def test_prices_that_are_no_steps_down_are_refused(steps: list[tuple[float, float]]) -> None:
     with pytest.raises(ValueError, match="descend"):

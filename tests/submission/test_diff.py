@@ -50,7 +50,7 @@ def box_of(text: str) -> str | None:
 
 
 @pytest.mark.parametrize("in_memory", [3, 10**6])
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(first=entries, second=entries)
 def test_the_difference_is_that_of_multisets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_memory: int, first: list[Any], second: list[Any]
