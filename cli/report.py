@@ -84,12 +84,15 @@ class _Asked:
 def _with_predictions(page: ReportPage, asked: _Asked) -> ReportPage:
     from parkdet.runtime.contest import ContestData
     from parkdet.runtime.evaluation import evaluate
+    from parkdet.submission.cli import FILE_NAME
     from parkdet.submission.expected import category_names
     from parkdet.submission.runs import PredictionRun
     from parkdet.submission.summary import summary
 
     run = PredictionRun.open(asked.run)
-    figures = _recorded(asked)
+    submission = asked.submission or asked.run / FILE_NAME
+    figures = _recorded(submission, is_asked=asked.submission is not None)
+    is_submitted = figures is not None
     root = asked.data or _data_of(figures)
     data = ContestData(root) if root is not None else None
     names = category_names(data) if data is not None else {}
@@ -101,7 +104,8 @@ def _with_predictions(page: ReportPage, asked: _Asked) -> ReportPage:
     evaluation = None
     if truth is not None:
         max_det = run.nms.max_det if run.nms is not None else 100
-        evaluation = evaluate(run.table(), truth, max_det=max_det)
+        evaluation = evaluate(submission if is_submitted else run.table(), truth, max_det=max_det)
+        facts.append(("accuracy", "of the submission" if is_submitted else "of all predictions"))
         if not figures.points:
             figures = replace(figures, metric=asked.metric, points=_points(run, truth, asked, figures, max_det))
     click.echo(summary(figures))
@@ -116,15 +120,16 @@ def _with_predictions(page: ReportPage, asked: _Asked) -> ReportPage:
     )
 
 
-def _recorded(asked: _Asked) -> SubmissionFigures | None:
-    """What `submit` noted beside its file; None where no file was written yet."""
-    from parkdet.submission.cli import FILE_NAME
+def _recorded(submission: Path, is_asked: bool) -> SubmissionFigures | None:
+    """What `submit` noted beside its file; None where no file was written yet.
+
+    UsageError where the user named a file that is not there.
+    """
     from parkdet.submission.figures import SubmissionFigures, figures_path
 
-    submission = asked.submission or asked.run / FILE_NAME
     noted = figures_path(submission)
     if not submission.is_file() or not noted.is_file():
-        if asked.submission is not None:
+        if is_asked:
             missing = noted if submission.is_file() else submission
             raise UsageError(f"{missing}: no such file; 'parkdet submit' writes it")
         return None
