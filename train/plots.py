@@ -37,9 +37,9 @@ RESULT_PANELS = (
     "val/cls_loss",
     "metrics/mAP_0.75",
     "metrics/mAP_0.5:0.95",
-    "x/lr0",
+    "x/lr2",
 )
-"""Columns of results.csv, in the order in which they are drawn, six a row."""
+"""Columns of results.csv, in the order in which they are drawn, six a row; x/lr2 is the rate of the weights."""
 MANY_CLASSES = 20
 """Beyond it, curves of single classes are thin, grey and unnamed."""
 MATRIX_NUMBERS = 30

@@ -53,7 +53,7 @@ def latin(count: int = 3) -> Lettering:
 def test_results_are_drawn_with_and_without_validation(tmp_path: Path) -> None:
     path = tmp_path / "results.csv"
     # YOLOv5 pads its columns; a cell is empty where an epoch was not validated.
-    path.write_text("   epoch,  train/box_loss, metrics/mAP_0.5,x/lr0\n0,0.1,,0.01\n1,0.05,0.25,0.005\n")
+    path.write_text("   epoch,  train/box_loss, metrics/mAP_0.5,x/lr2\n0,0.1,,0.01\n1,0.05,0.25,0.005\n")
     drawn = decoded(plots.results_figure(path))
     assert drawn.shape[1] > drawn.shape[0] > 500
     path.write_text("epoch,train/box_loss\n")
