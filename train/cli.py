@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 _DATA_HELP = "Data set in the contest's layout."
 _LATEST = "\0latest"
 """What `--resume` without a value stands for; no path can be it."""
+SPIN_COUNT = "2000"
+"""Turns that a waiting thread of OpenMP's makes before it sleeps: some ten microseconds, as long as to wake it."""
 
 
 def _say(line: str) -> None:
@@ -24,6 +27,16 @@ def _say(line: str) -> None:
 
 def _say_nothing(_line: str) -> None:
     """The voice of every process but the first."""
+
+
+def _let_waiting_threads_sleep() -> None:
+    """Before torch is loaded: a thread that waits for the others soon gives up its core, unless the user says else.
+
+    OpenMP's threads would spin for milliseconds at every operation's end. On a machine that is not quiet that keeps
+    the core from the very thread that they wait for.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
 
 
 _Option = Callable[[Callable[..., None]], Callable[..., None]]
@@ -109,6 +122,7 @@ def train(
     KEY=VALUE replaces settings of the recipe, such as lr0=0.001 or train.optimizer=AdamW. Ctrl-C saves last.pt
     and stops; --resume RUN goes on at the same batch. Under torchrun, every process takes a GPU.
     """
+    _let_waiting_threads_sleep()
     from parkdet.runtime.errors import UsageError
     from parkdet.runtime.run_folder import next_run_folder
     from parkdet.runtime.terminal import quiet_decoders
@@ -216,6 +230,7 @@ def val(
 
     The run folder gets the curves, the confusion matrix and pictures of images with truth and detections.
     """
+    _let_waiting_threads_sleep()
     from parkdet.runtime.errors import UsageError
     from parkdet.runtime.evaluation import evaluation_note, evaluation_table
     from parkdet.runtime.run_folder import next_run_folder, sole_writer
