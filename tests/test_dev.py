@@ -243,6 +243,7 @@ def test_a_broken_environment_is_made_again(checkout: Checkout) -> None:
 def test_what_each_word_starts(checkout: Checkout) -> None:
     checkout.run("demo")
     assert checkout.run("test", "-x")[1] == "-m pytest -m not slow and not bench and not gpu -x\n"
+    assert checkout.run("test-gpu", "-x")[1] == "-m pytest -m gpu -x\n"
     assert checkout.run("bench")[1] == "-m pytest -m bench -s\n"
     assert checkout.run("lint")[1] == "-m ruff check .\n-m ruff format --check .\n-m mypy\n"
     assert checkout.run("python", "-c", "print(6 * 7)")[1] == "42\n"

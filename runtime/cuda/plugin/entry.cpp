@@ -10,6 +10,9 @@
 
 using namespace nvinfer1;
 
+#define AS_TEXT(name) #name
+#define TEXT(name) AS_TEXT(name)
+
 namespace {
 
 ILoggerFinder* logger_finder = nullptr;
@@ -18,9 +21,12 @@ struct RegisterOnLoad {
     IPluginRegistry* registry = nullptr;
     RegisterOnLoad() {
         if (!getenv("PARKDET_NMS_REGISTER_ON_LOAD")) return;
-        // Looked up, so that the library links against no version of TensorRT.
-        auto const find = reinterpret_cast<IPluginRegistry* (*)()>(dlsym(RTLD_DEFAULT, "getPluginRegistry"));
-        if (find && find()->registerCreator(parkdet::nms_creator(), parkdet::kNamespace)) registry = find();
+        // Opened by name, so that the library links against no TensorRT and the host need not have loaded it yet.
+        void* const tensorrt = dlopen("libnvinfer.so." TEXT(NV_TENSORRT_MAJOR), RTLD_LAZY);
+        void* const found = tensorrt ? dlsym(tensorrt, "getPluginRegistry") : nullptr;
+        auto const find = reinterpret_cast<IPluginRegistry* (*)()>(found);
+        if (!find) parkdet::refuse("ParkdetNMS is not registered: libnvinfer.so." TEXT(NV_TENSORRT_MAJOR) " is not found");
+        else if (find()->registerCreator(parkdet::nms_creator(), parkdet::kNamespace)) registry = find();
     }
     ~RegisterOnLoad() {
         if (registry) registry->deregisterCreator(parkdet::nms_creator());

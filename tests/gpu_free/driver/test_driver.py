@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -36,6 +37,18 @@ def test_everything_with_streams_as_late_as_can_be(on_simulation: Callable[..., 
     total = re.search(r"^TOTAL .* (\d+)%", report.output, re.MULTILINE)
     assert total is not None, report.output
     assert int(total[1]) >= LEAST_COVERED, report.output
+
+
+def test_what_is_to_run_on_a_gpu_runs(on_simulation: Callable[..., Any], tmp_path: Path) -> None:
+    """`./dev test-gpu` at small sizes, report included."""
+    report = tmp_path / "report.json"
+    outcome = on_simulation(*PYTEST, "-m", "gpu", "tests/gpu", PARKDET_GPU_REPORT=str(report))
+    assert outcome.code == 0, outcome.output
+    told = json.loads(report.read_text())
+    assert told["figures"]["device"]["simulated"] is True
+    assert told["figures"]["soak"]["bytes_lost"] == 0
+    skipped = [name for name, how in told["outcomes"].items() if not how.startswith("passed")]
+    assert skipped == ["test_the_plugin_through_trtexec"], told["outcomes"]
 
 
 @pytest.mark.parametrize("order", ["early", "7"])

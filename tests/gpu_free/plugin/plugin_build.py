@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,6 +91,21 @@ def host_library(tensorrt: Path, cuda: Path) -> Path:
     """The host of `host.cpp`."""
     flags = ["-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", "-isystem", str(tensorrt), "-isystem", str(cuda)]
     return compiled([HERE / "host.cpp"], flags, [tensorrt / "NvInferVersion.h"], ".so")
+
+
+def registry_library(tensorrt: Path, cuda: Path) -> Path:
+    """A libnvinfer.so.N with nothing but a plugin registry, in a folder of its own."""
+    version = (tensorrt / "NvInferVersion.h").read_text()
+    major = re.search(r"define (?:NV_TENSORRT_MAJOR|TRT_MAJOR_ENTERPRISE) (\d+)", version)
+    assert major is not None
+    flags = ["-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", "-isystem", str(tensorrt), "-isystem", str(cuda)]
+    made = compiled([HERE / "registry.cpp"], flags, [tensorrt / "NvInferVersion.h"], ".so")
+    folder = made.with_suffix("")
+    folder.mkdir(exist_ok=True)
+    library = folder / f"libnvinfer.so.{major[1]}"
+    if not library.exists():
+        library.symlink_to(made)
+    return library
 
 
 def outputs_of(batch: int, max_det: int) -> list[np.ndarray[Any, Any]]:

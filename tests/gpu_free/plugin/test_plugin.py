@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -25,6 +27,7 @@ from tests.gpu_free.plugin.plugin_build import (
     host_library,
     outputs_of,
     plugin_library,
+    registry_library,
     shared_core,
     tensorrt_headers,
 )
@@ -315,3 +318,20 @@ def test_what_the_plugin_refuses_it_tells_tensorrts_logger(hosted: Any, changed:
     said, _ = _host(hosted, replace(ATTRIBUTES, **changed), raw_heads(1), 1, True)
     assert said is not None
     assert told in said
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_host_that_only_opens_the_library_finds_the_plugin_if_it_asks(hosted: Any, asked: bool) -> None:
+    _, plugin = hosted
+    tensorrt, cuda = tensorrt_headers(), cuda_headers()
+    assert tensorrt is not None
+    assert cuda is not None
+    registry = registry_library(tensorrt, cuda)
+    program = f"""
+import ctypes
+ctypes.CDLL({str(plugin)!r})
+print(ctypes.CDLL({str(registry)!r}).creators_registered())
+"""
+    environment = {"LD_LIBRARY_PATH": str(registry.parent)} | ({"PARKDET_NMS_REGISTER_ON_LOAD": "1"} if asked else {})
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == ("1" if asked else "0"), run.stderr

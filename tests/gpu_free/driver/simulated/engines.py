@@ -33,6 +33,17 @@ def make_engine(
     onnx = path.with_suffix(".onnx")
     model.save(onnx, fixed=("B", *canvas))  # type: ignore[arg-type]
     simulated_engine(path, onnx, least, most, half)
+    about = {"flavour": "tensorrt-rtx" if flavour == "rtx" else "tensorrt", "version": VERSIONS[flavour]}
+    describe_engine(path, model, canvas, batches, half, **(about | changed))
+    return path
+
+
+def describe_engine(
+    path: Path, model: TinyModel, canvas: tuple[int, int] = CANVAS, batches: tuple[int, int] = (1, 4),
+    half: bool = True, **changed: Any,
+) -> None:  # fmt: skip
+    """Write the sidecar of an engine of the tiny model."""
+    least, most = batches
     outputs = tuple(
         TensorSpec(
             name=f"head{level}",
@@ -50,8 +61,8 @@ def make_engine(
     content = path.read_bytes()
     sidecar = EngineSidecar(
         spec=spec,
-        flavour="tensorrt-rtx" if flavour == "rtx" else "tensorrt",
-        version=VERSIONS[flavour],
+        flavour="tensorrt",
+        version="",
         architectures=(75,),
         batch=ShapeRange(low=least, best=most, high=most),
         canvas_height=ShapeRange.fixed(canvas[0]),
@@ -62,7 +73,6 @@ def make_engine(
         build_seconds=1.0,
     )
     engine_sidecar.write(path, replace(sidecar, **changed))
-    return path
 
 
 def picture(height: int, width: int, seed: int) -> ImageArray:
