@@ -51,7 +51,9 @@ def demo(seed: int, epochs: int | None, project: Path, name: str) -> None:
     from parkdet.runtime.contest import ContestData
     from parkdet.runtime.evaluation import evaluate, evaluation_table
     from parkdet.runtime.run_folder import next_run_folder
+    from parkdet.train.cli import let_waiting_threads_sleep
 
+    let_waiting_threads_sleep()
     folder = next_run_folder(project, name, exist_ok=False)
     click.echo(f"run folder: {folder}", err=True)
     stages = _Stages()

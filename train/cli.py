@@ -30,7 +30,7 @@ def _say_nothing(_line: str) -> None:
     """The voice of every process but the first."""
 
 
-def _let_waiting_threads_sleep() -> None:
+def let_waiting_threads_sleep() -> None:
     """Before torch is loaded: a thread that waits for the others soon gives up its core, unless the user says else.
 
     OpenMP's threads would spin for milliseconds at every operation's end. On a machine that is not quiet that keeps
@@ -123,7 +123,7 @@ def train(
     KEY=VALUE replaces settings of the recipe, such as lr0=0.001 or train.optimizer=AdamW. Ctrl-C saves last.pt
     and stops; --resume RUN goes on at the same batch. Under torchrun, every process takes a GPU.
     """
-    _let_waiting_threads_sleep()
+    let_waiting_threads_sleep()
     from parkdet.runtime.errors import UsageError
     from parkdet.runtime.run_folder import next_run_folder
     from parkdet.runtime.terminal import quiet_decoders
@@ -231,7 +231,7 @@ def val(
 
     The run folder gets the curves, the confusion matrix and pictures of images with truth and detections.
     """
-    _let_waiting_threads_sleep()
+    let_waiting_threads_sleep()
     from parkdet.runtime.errors import UsageError
     from parkdet.runtime.evaluation import evaluation_note, evaluation_table
     from parkdet.runtime.run_folder import next_run_folder, sole_writer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,3 +70,22 @@ def test_flags_as_yolov5_has_them(tmp_path: Path, run_cli: RunCli, monkeypatch: 
     assert code == 2
     assert "this run is finished" in err
     assert f"--weights {run / 'weights' / 'best.pt'}" in err
+
+
+@pytest.mark.parametrize("command", ["train", "val"])
+def test_waiting_threads_sleep_soon_unless_the_user_says_else(
+    command: str, monkeypatch: pytest.MonkeyPatch, run_cli: RunCli, tmp_path: Path
+) -> None:
+    arguments = () if command == "train" else ("--weights", tmp_path / "none.pt", "--data", tmp_path)
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # so that what the command sets is taken back after the test
+        monkeypatch.delenv(name)
+    run_cli(command, *arguments)
+    assert os.environ["GOMP_SPINCOUNT"] == "10000"
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    run_cli(command, *arguments)
+    assert os.environ["GOMP_SPINCOUNT"] == "7"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    run_cli(command, *arguments)
+    assert "GOMP_SPINCOUNT" not in os.environ
