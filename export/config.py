@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from parkdet.runtime.engine_sidecar import Flavour, HardwareCompatibility, ShapeRange
 from parkdet.runtime.errors import UsageError
 from parkdet.runtime.model_spec import HeadKind, InputFormat, Precision
 
@@ -34,15 +35,38 @@ class GraphOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EngineOptions:
+    """What engines are to be built of the graph."""
+
+    flavour: Flavour
+    architectures: tuple[int, ...] = ()
+    hardware: HardwareCompatibility = "none"
+    workspace_bytes: int | None = None
+    level: int | None = None
+    plugin: Path | None = None
+    timing_folder: Path | None = None
+    """Where timings of earlier builds are kept; the user's cache folder without it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ExportOptions:
     """Options of `parkdet export`."""
 
     weights: Path
     output: Path | None = None
-    """ONNX file; beside the weights without it."""
+    """File (or OpenVINO folder) to write; beside the weights without it."""
     calibration: Path | None = None
     """Folder of images for the gate; the training's own images, else drawn ones, without it."""
+    data: Path | None = None
+    """Data set whose canvases the artifact is for."""
     imgsz: int | None = None
+    conf: float | None = None
+    """Post-processing that the artifact carries; the checkpoint's without it."""
+    iou: float | None = None
+    max_det: int | None = None
     graph: GraphOptions = field(default_factory=GraphOptions)
+    batches: ShapeRange = field(default_factory=lambda: ShapeRange(low=1, best=16, high=16))
+    """Batches that an engine of a dynamic batch is for."""
+    engine: EngineOptions | None = None
     backend: str | None = None
-    """What the gate runs the graph with; the runtime's default without it."""
+    """What the gate runs a float32 graph with; the runtime's default without it."""

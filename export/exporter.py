@@ -1,120 +1,258 @@
-"""One export from start to end: checkpoint, graph, gate, name."""
+"""One export from start to end: checkpoint, graph, gate, name; then engines, where they are asked for."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from parkdet.export.canvases import calibration_paths, canvas_of, generated_canvases
-from parkdet.export.config import ExportOptions
-from parkdet.export.graph import build_graph
-from parkdet.export.parity import LIMITS, ParityReport, compare
-from parkdet.runtime.backends.base import open_backend
-from parkdet.runtime.errors import DataError, GateError, UsageError
-from parkdet.runtime.geometry import ImageArray
-from parkdet.runtime.model_spec import ModelSpec
+from parkdet.export import report as gate_report
+from parkdet.export.canvases import GateSource, canvases_of_data, gate_source
+from parkdet.export.config import ExportOptions, GraphOptions
+from parkdet.export.contenders import backend_contender, half_contender, session_contender
+from parkdet.export.graph import Graph, finished, float_graph, serialized
+from parkdet.export.parity import Contender, compare
+from parkdet.export.report import GateResult
+from parkdet.export.tensorrt_build import Say
+from parkdet.runtime.engine_sidecar import ShapeRange
+from parkdet.runtime.errors import GateError, UsageError
+from parkdet.runtime.geometry import canvas_hw as own_canvas_hw
 from parkdet.runtime.shards import write_atomically
 from parkdet.train.checkpoint import Checkpoint, load_checkpoint
 
-Say = Callable[[str], None]
+WIDE_SCREEN = (1080, 1920)
+"""Height and width of the images that an engine is for unless a canvas or a data set is named: the contest's."""
+_SAY_EVERY = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class ExportJob:
+    """An export that was checked and may begin."""
+
+    options: ExportOptions
+    checkpoint: Checkpoint
+    graph: GraphOptions
+    """The options' graph, its canvas settled."""
+    output: Path
+    canvas_height: ShapeRange | None
+    """Of engines; None where any canvas will do."""
+    canvas_width: ShapeRange | None
+    source: GateSource
+
+    @property
+    def stem(self) -> str:
+        """Name that artifacts beside the output begin with: `best` of `best.fp16.onnx`."""
+        name = self.output.name
+        for suffix in (".onnx", ".engine", ".fp16"):
+            name = name.removesuffix(suffix)
+        return name
+
+
+def export_artifacts(options: ExportOptions, say: Say) -> list[Path]:
+    """Everything that the options ask for; returns what was written, the artifact to run last.
+
+    GateError (exit 3) where detections differ; the artifact then lies under `.rejected`, and an older one of the right
+    name is left as it was.
+    """
+    if options.graph.precision == "int8":
+        from parkdet.export.int8_export import export_int8
+
+        return [export_int8(prepared(options, say), say)]
+    if options.engine is not None:
+        from parkdet.export.engine_export import export_engines
+
+        return export_engines(options, say)
+    job = prepared(options, say)
+    return [export_graph(job, say)[0]]
 
 
 def export_onnx(options: ExportOptions, say: Say) -> Path:
-    """Write the ONNX file of a checkpoint, and its parity report as JSON beside it; returns the file's path.
+    """Write the ONNX file of a checkpoint and its parity report beside it; returns the file's path."""
+    return export_artifacts(options, say)[-1]
 
-    GateError (exit 3) where detections differ; the graph then lies under `.rejected`, and an older file of the
-    right name is left as it was.
-    """
-    if options.weights.suffix.lower() == ".onnx":
-        raise UsageError(f"{options.weights}: is an ONNX file already; export takes a checkpoint (.pt)")
-    output = options.output or options.weights.with_suffix(".onnx")
-    if output.suffix.lower() != ".onnx":
-        raise UsageError(f"{output}: the output's name must end in .onnx")
-    if output.is_dir() or not output.parent.is_dir():
-        what = "is a folder" if output.is_dir() else "its folder does not exist"
-        raise UsageError(f"{output}: {what}; name a file to write with --output")
+
+def prepared(options: ExportOptions, say: Say) -> ExportJob:
+    """Check what was asked for before any work is done, and open the checkpoint."""
+    output = _output(options)
     checkpoint = load_checkpoint(options.weights)
     network = checkpoint.model
-    if options.imgsz is not None:
-        network.spec = dataclasses.replace(network.spec, imgsz=options.imgsz)
-    images, source = _gate_images(options, checkpoint)
-    say(f"exporting {options.weights}, {network.parameter_count():,} parameters")
+    asked = {"imgsz": options.imgsz, "conf": options.conf, "iou": options.iou, "max_det": options.max_det}
+    given: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
+    network.spec = dataclasses.replace(network.spec, **given)
+    graph, height, width = _canvas(options, checkpoint, say)
+    graph.check(network.spec.stride_max)
+    trained_on = checkpoint.training.get("images_folder")
+    source = gate_source(options.calibration, trained_on, network.spec)
+    return ExportJob(options, checkpoint, graph, output, height, width, source)
 
-    started = time.perf_counter()
-    model = build_graph(network, options.graph)
-    rejected = output.with_suffix(".onnx.rejected")
-    # Until the gate has passed the graph bears the name that warns of it.
-    pending = output.with_name(f".{output.stem}.pending.onnx")
-    write_atomically(pending, model.SerializeToString())
-    try:
-        say(f"graph: {pending.stat().st_size / 1e6:.1f} MB in {time.perf_counter() - started:.1f} s")
-        report = _prove(options, checkpoint, pending, images, say)
-        say(f"gate: {_line(report)} on {report.images} {source}")
-        if findings := report.findings(LIMITS["fp32"]):
-            pending.replace(rejected)
-            _write_report(rejected, report, source, passed=False)
-            raise GateError(
-                f"{options.weights}: the graph's detections are not the checkpoint's: {'; '.join(findings)}. "
-                f"It is kept as {rejected}"
-            )
-        if report.detections == 0:
-            say("warning: no detections of score 0.1 or more on these images, so only raw heads were compared; "
-                "name a folder of your images with --calibration")  # fmt: skip
-        pending.replace(output)
-    finally:
-        pending.unlink(missing_ok=True)
-    _write_report(output, report, source, passed=True)
-    rejected.unlink(missing_ok=True)
+
+def _output(options: ExportOptions) -> Path:
+    if options.weights.suffix.lower() == ".onnx":
+        raise UsageError(f"{options.weights}: is an ONNX file already; export takes a checkpoint (.pt)")
+    precision = options.graph.precision
+    if precision == "int8":
+        output = options.output or options.weights.with_name(f"{options.weights.stem}_int8_openvino")
+        if output.exists() and not (output.is_dir() and (output / "model.xml").is_file()):
+            raise UsageError(f"{output}: is there and is no OpenVINO folder; name another with --output")
+    else:
+        output = options.output or options.weights.with_suffix(".fp16.onnx" if precision == "fp16" else ".onnx")
+        suffixes = (".onnx", ".engine") if options.engine else (".onnx",)
+        if output.suffix.lower() not in suffixes:
+            raise UsageError(f"{output}: the output's name must end in {' or '.join(suffixes)}")
+        if output.suffix.lower() == ".engine":
+            output = output.with_suffix(".fp16.onnx" if precision == "fp16" else ".onnx")
+        if output.is_dir():
+            raise UsageError(f"{output}: is a folder; name a file to write with --output")
+    if not output.parent.is_dir():
+        raise UsageError(f"{output}: its folder does not exist; name a file to write with --output")
     return output
 
 
-def _prove(
-    options: ExportOptions, checkpoint: Checkpoint, graph: Path, images: Iterator[ImageArray], say: Say
-) -> ParityReport:
-    with open_backend(graph, options.backend, precision="fp32") as backend:
-        say(f"gate: {backend.name} against torch, both float32 ...")
-        return compare(checkpoint.model, backend.infer, images, options.graph.tta)
+def _canvas(
+    options: ExportOptions, checkpoint: Checkpoint, say: Say
+) -> tuple[GraphOptions, ShapeRange | None, ShapeRange | None]:
+    """The canvas named, else the data set's, else for engines that of a 16:9 image; a range where there are several."""
+    graph, spec = options.graph, checkpoint.spec
+    if graph.canvas_hw is not None:
+        return graph, ShapeRange.fixed(graph.canvas_hw[0]), ShapeRange.fixed(graph.canvas_hw[1])
+    if options.data is None:
+        if options.engine is None:
+            return graph, None, None
+        canvas = own_canvas_hw(WIDE_SCREEN, spec.imgsz, spec.stride_max)
+        say(f"canvas: {canvas[0]}x{canvas[1]}, a 16:9 image's at {spec.imgsz} px (--canvas or --data name another)")
+        graph = dataclasses.replace(graph, canvas_hw=canvas)
+        return graph, ShapeRange.fixed(canvas[0]), ShapeRange.fixed(canvas[1])
+    canvases = canvases_of_data(options.data, spec)
+    shown = ", ".join(f"{h}x{w} ({count})" for (h, w), count in list(canvases.counts.items())[:4])
+    more = f", {len(canvases.counts) - 4} more" if len(canvases.counts) > 4 else ""
+    say(f"canvases of {options.data} (images): {shown}{more}")
+    height, width = (ShapeRange(**dict(zip(("low", "best", "high"), canvases.bounds(axis), strict=True)))
+                     for axis in (0, 1))  # fmt: skip
+    if len(canvases.counts) == 1:
+        graph = dataclasses.replace(graph, canvas_hw=canvases.most_frequent)
+    return graph, height, width
 
 
-def _gate_images(options: ExportOptions, checkpoint: Checkpoint) -> tuple[Iterator[ImageArray], str]:
-    """The gate's canvases, and what they are, in words."""
-    spec = checkpoint.spec
-    trained_on = checkpoint.training.get("images_folder")
-    if options.calibration is not None:
-        paths = calibration_paths(options.calibration)
-        return _read(paths, spec, options.graph.canvas_hw), f"images of {options.calibration}"
-    if trained_on and Path(trained_on).is_dir() and any(Path(trained_on).iterdir()):
-        return _read(calibration_paths(Path(trained_on)), spec, options.graph.canvas_hw), f"images of {trained_on}"
-    drawn = generated_canvases(spec, options.graph.canvas_hw)
-    return iter(drawn), "drawn images (name a folder of your own with --calibration)"
+def export_graph(job: ExportJob, say: Say) -> tuple[Path, Graph]:
+    """Build the graph, hold it against the checkpoint and give it its name."""
+    network, options = job.checkpoint.model, job.options
+    say(f"exporting {options.weights}, {network.parameter_count():,} parameters")
+    started = time.perf_counter()
+    plain = float_graph(network, job.graph)
+    graph = finished(network, plain, job.graph)
+    seconds = time.perf_counter() - started
+    for finding in graph.findings:
+        say(f"warning: {finding}")
+    # Until the gate has passed the graph bears a name that no glob for *.onnx finds.
+    pending = job.output.with_name(f".{job.output.stem}.pending.onnx")
+    try:
+        write_atomically(pending, serialized(graph.model))
+        say(f"graph: {pending.stat().st_size / 1e6:.1f} MB in {seconds:.1f} s")
+        figures = {"seconds to build the graph": round(seconds, 1), "bytes": pending.stat().st_size}
+        with _graph_contenders(job, plain, graph, pending) as (contenders, overflowed):
+            result = prove(job, contenders, overflowed, graph.findings, figures, say)
+        settle(pending, job.output, result)
+    finally:
+        pending.unlink(missing_ok=True)
+    return job.output, graph
 
 
-def _read(paths: list[Path], spec: ModelSpec, canvas_hw: tuple[int, int] | None) -> Iterator[ImageArray]:
-    read = 0
-    for path in paths:
-        try:
-            canvas = canvas_of(path, spec, canvas_hw)
-        except DataError:
-            continue  # the gate needs some readable images, not every one; `prepare` reports the rest
-        read += 1
-        yield canvas
-    if read == 0:
-        raise DataError(f"{paths[0].parent}: none of {len(paths)} images could be read; run 'parkdet prepare'")
+@contextmanager
+def _graph_contenders(
+    job: ExportJob, plain: Graph, graph: Graph, pending: Path
+) -> Iterator[tuple[list[Contender], list[str]]]:
+    """Who is held against the checkpoint: the float32 graph always; FP16 as stored, and as an engine computes it."""
+    network, options = job.checkpoint.model, job.options
+    overflowed: list[str] = []
+    with ExitStack() as opened:
+        contenders: list[Contender] = []
+        of_runtime = graph.spec.head == "raw" and graph.spec.input_format == "uint8-nhwc"
+        if graph.spec.precision == "fp32" and of_runtime:
+            contenders.append(opened.enter_context(backend_contender(pending, options.backend)))
+        elif graph.spec.precision == "fp32":
+            contenders.append(session_contender(network, graph, job.output.name))
+        else:
+            contenders.append(session_contender(network, plain, "the graph in float32"))
+            contenders.append(session_contender(network, graph, job.output.name))
+            emulated, overflowed = half_contender(network, job.graph.tta)
+            contenders.append(emulated)
+        yield contenders, overflowed
 
 
-def _line(report: ParityReport) -> str:
-    return (
-        f"{report.detections} detections, {report.unmatched} unmatched, {report.reordered} reordered by NMS, "
-        f"IoU p1 {report.iou_p1:.5f}, "
-        f"score difference p99 {report.score_p99:.6f}, AP@.75 {report.ap75:.4f}, raw heads {report.head_max:.2g}"
+def prove(
+    job: ExportJob,
+    contenders: Sequence[Contender],
+    overflowed: list[str],
+    warnings: Sequence[str],
+    figures: Mapping[str, object],
+    say: Say,
+) -> GateResult:
+    """Hold contenders against the checkpoint on the job's images."""
+    network = job.checkpoint.model
+    say(f"gate: {', '.join(contender.name for contender in contenders)} against torch in float32 ...")
+    said = time.monotonic()
+
+    def tell(done: int) -> None:
+        nonlocal said
+        if time.monotonic() - said >= _SAY_EVERY:
+            said = time.monotonic()
+            say(f"gate: {done} images done")
+
+    images = job.source.images(network.spec, job.graph.canvas_hw)
+    started = time.perf_counter()
+    reports = compare(network, contenders, images, job.graph.tta, tell)
+    measured = dict(figures) | {"seconds for the gate": round(time.perf_counter() - started, 1)}
+    findings: list[str] = []
+    noted = list(warnings)
+    for one in reports:
+        say(f"gate: {gate_report.line(one)}")
+        outside = [f"{one.name}: {finding}" for finding in one.findings()]
+        (findings if one.refuses else noted).extend(outside)
+    if overflowed:
+        findings.append(f"values go beyond float16 first in {', '.join(overflowed[:5])}; export with --precision fp32")
+    if reports[0].detections == 0:
+        noted.append(
+            "no detections of score 0.1 or more on these images, so only raw outputs were compared; name a folder of "
+            "your images with --calibration"
+        )
+    for warning in noted:
+        say(f"warning: {warning}")
+    return GateResult(
+        artifact=job.output.name,
+        checkpoint=f"{job.options.weights.name} (SHA-256 {job.checkpoint.spec.checkpoint_sha256})",
+        source=f"{reports[0].images} {job.source.words}",
+        reports=tuple(reports),
+        findings=tuple(findings),
+        warnings=tuple(noted),
+        figures=measured,
     )
 
 
-def _write_report(artifact: Path, report: ParityReport, source: str, passed: bool) -> None:
-    content = {"artifact": artifact.name, "passed": passed, "images": source, **report.as_dict()}
-    content["images"] = f"{report.images} {source}"
-    path = artifact.with_name(f"{artifact.name}.parity.json")
-    write_atomically(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+def settle(pending: Path, output: Path, result: GateResult) -> None:
+    """Give a file or folder its name, or the name that warns of it and GateError."""
+    rejected = output.with_name(f"{output.name}.rejected")
+    if not result.passed:
+        _replace(pending, rejected)
+        gate_report.write(rejected, result)
+        raise GateError(
+            f"{output}: refused, for it is not what the checkpoint is: {'; '.join(result.findings)}. "
+            f"It is kept as {rejected}, the report beside it"
+        )
+    _replace(pending, output)
+    gate_report.write(output, result)
+    for left in (rejected, *(rejected.with_name(f"{rejected.name}.parity.{kind}") for kind in ("json", "txt"))):
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink(missing_ok=True)
+
+
+def _replace(source: Path, target: Path) -> None:
+    if target.is_dir():
+        shutil.rmtree(target)
+    source.replace(target)

@@ -8,6 +8,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from parkdet.export.config import GraphOptions
 from parkdet.export.decode import decoded_boxes
+from parkdet.export.plugin_node import with_plugin
+from parkdet.export.precision import half_spec, in_half
 from parkdet.runtime.model_spec import SPEC_KEY, ModelSpec, TensorSpec
 from parkdet.runtime.views import head_sources
 from parkdet.train.model.network import Yolov5
@@ -53,10 +56,48 @@ class GraphSource(nn.Module):
         return heads
 
 
-def build_graph(network: Yolov5, options: GraphOptions) -> onnx.ModelProto:
-    """ONNX of a network: any canvas (multiples of the largest stride) and any batch unless they are given.
+@dataclass(frozen=True, slots=True, eq=False)
+class Graph:
+    """An ONNX model, what it says of itself, and what its user should know."""
 
-    UsageError where a side of the canvas is no multiple of the largest stride.
+    model: onnx.ModelProto
+    spec: ModelSpec
+    findings: tuple[str, ...] = ()
+
+
+def build_graph(network: Yolov5, options: GraphOptions) -> Graph:
+    """The graph that the options ask for. Equal networks and options give equal bytes.
+
+    UsageError where a side of the canvas is no multiple of the largest stride; GateError where weights are beyond
+    float16 and the precision is fp16.
+    """
+    return finished(network, float_graph(network, options), options)
+
+
+def finished(network: Yolov5, graph: Graph, options: GraphOptions) -> Graph:
+    """A float32 graph brought to the precision and the head that the options ask for."""
+    model, spec, findings = graph.model, graph.spec, list(graph.findings)
+    if options.precision == "fp16":
+        model, lost = in_half(model, head_weights(network))
+        spec = half_spec(spec)
+        findings += lost
+    if options.head == "plugin":
+        model, spec = with_plugin(model, spec)
+    if model is not graph.model:
+        _describe(model, spec)
+    return Graph(model, spec, tuple(findings))
+
+
+def head_weights(network: Yolov5) -> list[str]:
+    """Names in a graph of the weights of the heads' last convolutions."""
+    detect = len(network.rows) - 1
+    return [f"network.model.{detect}.m.{level}.weight" for level in range(len(network.spec.strides))]
+
+
+def float_graph(network: Yolov5, options: GraphOptions) -> Graph:
+    """The float32 graph: any canvas (multiples of the largest stride) and any batch unless they are given.
+
+    With `head="plugin"` it ends in the raw heads. UsageError where a side of the canvas is no multiple of the stride.
     """
     spec = network.spec
     stride = spec.stride_max
@@ -86,11 +127,11 @@ def build_graph(network: Yolov5, options: GraphOptions) -> onnx.ModelProto:
     assert program is not None
     model = program.model_proto
     _describe(model, described)
-    return model
+    return Graph(model, described)
 
 
 def described_spec(spec: ModelSpec, options: GraphOptions) -> ModelSpec:
-    """The spec of a graph: the checkpoint's, with what the graph takes and returns."""
+    """The spec of a float32 graph: the checkpoint's, with what the graph takes and returns (the plugin left out)."""
     batch = options.batch or -1
     canvas_hw = options.canvas_hw
     rows, columns = canvas_hw or (-1, -1)
@@ -116,13 +157,19 @@ def described_spec(spec: ModelSpec, options: GraphOptions) -> ModelSpec:
         )
     return dataclasses.replace(
         spec,
-        precision=options.precision,
+        precision="fp32",
         tta=options.tta,
         input_format=options.input_format,
-        head=options.head,
+        head="decoded" if options.head == "decoded" else "raw",
         inputs=(images,),
         outputs=outputs,
     )
+
+
+def serialized(model: onnx.ModelProto) -> bytes:
+    """The file's bytes, the same for the same model."""
+    content: bytes = model.SerializeToString(deterministic=True)
+    return content
 
 
 def _describe(model: onnx.ModelProto, spec: ModelSpec) -> None:

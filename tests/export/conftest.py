@@ -10,7 +10,7 @@ from parkdet.train.model.layout import Architecture, Stage
 from parkdet.train.model.network import Yolov5, level_strides
 
 
-def small_network(levels: int = 3, class_names: tuple[str, ...] = ("a", "b", "c"), imgsz: int = 320) -> Yolov5:
+def small_network(levels: int = 2, class_names: tuple[str, ...] = ("a", "b", "c"), imgsz: int = 320) -> Yolov5:
     """YOLOv5 with few channels and random weights whose heads are spread enough that there are detections."""
     anchors = (
         ((10.0, 13.0), (16.0, 30.0), (33.0, 23.0)),
@@ -21,7 +21,7 @@ def small_network(levels: int = 3, class_names: tuple[str, ...] = ("a", "b", "c"
         depth_multiple=0.33,
         width_multiple=0.125,
         stem_channels=64,
-        stages=tuple(Stage(channels=64 << stage, repeats=3) for stage in range(levels + 1)),
+        stages=tuple(Stage(channels=64 << stage, repeats=1) for stage in range(levels + 1)),
         anchors=anchors[:levels],
     )
     rows = architecture.rows()
