@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,10 +32,9 @@ _AS_ENGINE = (
 
 
 @contextmanager
-def backend_contender(path: Path, backend: str | None, precision: str | None = None) -> Iterator[Contender]:
-    """A graph of raw heads in the runtime's own backend, float32 unless told otherwise."""
-    asked: Any = precision or "fp32"
-    with open_backend(path, backend, precision=asked) as opened:
+def backend_contender(path: Path, backend: str | None, precision: Literal["fp32"] | None) -> Iterator[Contender]:
+    """A graph of raw heads in the runtime's own backend, computed in float32 or as the runtime would by itself."""
+    with open_backend(path, backend, precision=precision) as opened:
         yield Contender(
             f"{path.name.removeprefix('.')} on {opened.name}", opened.spec.precision, opened.infer, opened.spec
         )

@@ -100,7 +100,7 @@ def _output(options: ExportOptions) -> Path:
         if output.exists() and not (output.is_dir() and (output / "model.xml").is_file()):
             raise UsageError(f"{output}: is there and is no OpenVINO folder; name another with --output")
     else:
-        output = options.output or options.weights.with_suffix(".fp16.onnx" if precision == "fp16" else ".onnx")
+        output = options.output or options.weights.with_name(_file_name(options))
         suffixes = (".onnx", ".engine") if options.engine else (".onnx",)
         if output.suffix.lower() not in suffixes:
             raise UsageError(f"{output}: the output's name must end in {' or '.join(suffixes)}")
@@ -111,6 +111,23 @@ def _output(options: ExportOptions) -> Path:
     if not output.parent.is_dir():
         raise UsageError(f"{output}: its folder does not exist; name a file to write with --output")
     return output
+
+
+def _file_name(options: ExportOptions) -> str:
+    """`best.onnx`, or a name that says what the graph is where the runtime's default graph is not that: none of these
+    overwrites another.
+    """
+    graph = options.graph
+    parts = [options.weights.stem]
+    if graph.input_format == "float-nchw":
+        parts.append("float")
+    if graph.head != "raw":
+        parts.append(graph.head)
+    if graph.tta:
+        parts.append("tta")
+    if graph.precision == "fp16":
+        parts.append("fp16")
+    return ".".join([*parts, "onnx"])
 
 
 def _canvas(
@@ -173,7 +190,7 @@ def _graph_contenders(
         contenders: list[Contender] = []
         of_runtime = graph.spec.head == "raw" and graph.spec.input_format == "uint8-nhwc"
         if graph.spec.precision == "fp32" and of_runtime:
-            contenders.append(opened.enter_context(backend_contender(pending, options.backend)))
+            contenders.append(opened.enter_context(backend_contender(pending, options.backend, "fp32")))
         elif graph.spec.precision == "fp32":
             contenders.append(session_contender(network, graph, job.output.name))
         else:

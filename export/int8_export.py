@@ -43,7 +43,7 @@ def export_int8(job: ExportJob, say: Say) -> Path:
             "bytes": size,
             "convolutions in INT8": f"{of_int8} of {convolutions}",
         }
-        with backend_contender(pending / int8.MODEL_NAME, None) as contender:
+        with backend_contender(pending / int8.MODEL_NAME, None, None) as contender:
             result = prove(job, [contender], [], [], figures, say)
         write_atomically(reference, serialized(plain.model))
         with (

@@ -38,7 +38,7 @@ def graph(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoint = load_checkpoint(shared / "fixtures" / "yolov5n6_nc14_official.pt")
     model = build_graph(checkpoint.model, GraphOptions(tta=True, canvas_hw=(192, 256)))
     path = tmp_path_factory.mktemp("tta") / "best.tta.onnx"
-    path.write_bytes(model.SerializeToString())
+    path.write_bytes(model.model.SerializeToString())
     return path
 
 
@@ -102,7 +102,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plain_graph(checkpoint: Path) -> Path:
     """The checkpoint's graph of one view."""
     path = checkpoint.with_name("plain.onnx")
-    path.write_bytes(build_graph(load_checkpoint(checkpoint).model, GraphOptions()).SerializeToString())
+    path.write_bytes(build_graph(load_checkpoint(checkpoint).model, GraphOptions()).model.SerializeToString())
     return path
 
 
