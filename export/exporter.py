@@ -227,7 +227,7 @@ def prove(
     findings: list[str] = []
     noted = list(warnings)
     for one in reports:
-        say(f"gate: {gate_report.line(one)}")
+        say(f"gate: {gate_report.line(one)}, on {one.images} {job.source.words}")
         outside = [f"{one.name}: {finding}" for finding in one.findings()]
         (findings if one.refuses else noted).extend(outside)
     if overflowed:
