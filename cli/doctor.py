@@ -23,6 +23,8 @@ GIB = 2**30
 LEAST_FREE_BYTES = 2 * GIB
 """A checkpoint, its exports and the predictions of one contest run take less than this."""
 
+OLDEST_TENSORRT = (10, 16)
+
 _CPU_FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "bf16")
 
 
@@ -121,6 +123,15 @@ def library_problems(installed: Mapping[str, str]) -> list[Problem]:
                 "pip install --force-reinstall --no-deps 'opencv-python-headless>=4.14,<5'",
             )
         )
+    for name, version in sorted(installed.items()):
+        if re.fullmatch(r"tensorrt(-cu\d+)?", name) and _numbers(version) < OLDEST_TENSORRT:
+            oldest = ".".join(map(str, OLDEST_TENSORRT))
+            problems.append(
+                Problem(
+                    problem=f"{name} {version} is older than {oldest}, the oldest that engines are built and run with",
+                    remedy=f"pip install '{name}>={oldest}', then build the engines again",
+                )
+            )
     torch, torchvision = installed.get("torch"), installed.get("torchvision")
     if torch and torchvision and torch.partition("+")[2] != torchvision.partition("+")[2]:
         problems.append(
@@ -274,6 +285,11 @@ def _lines(installation: Installation, machine: Machine, problems: list[Problem]
         return [*lines, "", "no problem found"]
     found = [f"problem: {item.problem}\n remedy: {item.remedy}" for item in problems]
     return [*lines, "", *found]
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """The first two numbers of a version."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
 def _normalised(name: str) -> str:

@@ -47,7 +47,8 @@ def call(name: str, *arguments: Any) -> Any:
         result, *values = getattr(driver, name)(*arguments)
     except RuntimeError as error:  # what the bindings raise where libcuda is missing or lacks the function
         raise UsageError(
-            f"CUDA: {name} cannot be called ({str(error).splitlines()[0]}); install or update the NVIDIA driver"
+            f"no NVIDIA driver that has {name} (libcuda.so.1) is on this machine; install the driver or update it: "
+            "CUDA 13 wants 580 or newer"
         ) from error
     if result != driver.CUresult.CUDA_SUCCESS:
         code = getattr(result, "name", str(result))

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 GOOD = {"torch": "2.13.0+cpu", "onnxruntime": "1.32.0", "opencv-python-headless": "4.14.0.94"}
 
 
-@pytest.mark.parametrize("installed", [{}, GOOD, {"torch": "2.13.0+cpu", "torchvision": "0.28.0+cpu"}])
+@pytest.mark.parametrize(
+    "installed", [{}, GOOD, {"tensorrt-cu13": "10.16.1.11"}, {"torch": "2.13.0+cpu", "torchvision": "0.28.0+cpu"}]
+)
 def test_libraries_that_go_together_are_no_problem(installed: dict[str, str]) -> None:
     assert doctor.library_problems(installed) == []
 
@@ -29,6 +31,7 @@ def test_libraries_that_go_together_are_no_problem(installed: dict[str, str]) ->
         ({"opencv-python": "4.14.0.94"}, "opencv-python ", "pip uninstall -y opencv-python,"),
         ({"opencv-contrib-python": "4.14.0"}, "opencv-contrib-python", "uninstall -y opencv-contrib-python,"),
         ({"torchvision": "0.28.0"}, "torchvision 0.28.0", "pip uninstall -y torchvision"),
+        ({"tensorrt-cu12": "10.3.0"}, "tensorrt-cu12 10.3.0", "pip install 'tensorrt-cu12>=10.16'"),
     ],
 )
 def test_libraries_that_disturb_one_another(more: dict[str, str], named: str, remedy: str) -> None:

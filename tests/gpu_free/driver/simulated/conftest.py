@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from parkdet.runtime.backends.base import BackendOptions
+from parkdet.runtime.backends.tensorrt import TensorRtBackend
 from parkdet.runtime.cuda.driver import Device
+from tests.gpu_free.driver.simulated.engines import make_engine
+from tests.gpu_free.driver.simulated.tensorrt_double import tensorrt_double
+from tests.runtime.conftest import TinyModel
 
 KINDS = ("device bytes", "pinned bytes", "streams", "events", "modules", "graphs", "contexts")
 
@@ -66,4 +74,41 @@ def device(simulation: Simulation) -> Iterator[Device]:
     """The simulated device, current."""
     assert simulation is not None
     with Device() as opened, opened.current():
+        yield opened
+
+
+@pytest.fixture
+def flavour() -> str:
+    return "11"
+
+
+@pytest.fixture
+def trt(monkeypatch: pytest.MonkeyPatch, flavour: str) -> Any:
+    """The double, in the place of the module."""
+    double = tensorrt_double(flavour)
+    monkeypatch.setitem(sys.modules, double.__name__, double)
+    return double
+
+
+@pytest.fixture(scope="session")
+def model() -> TinyModel:
+    return TinyModel.random()
+
+
+@pytest.fixture
+def engine(tmp_path: Path, model: TinyModel, flavour: str) -> Path:
+    return make_engine(tmp_path / "best.sm75.engine", model, flavour)
+
+
+@pytest.fixture(scope="session")
+def shared_engine(tmp_path_factory: pytest.TempPathFactory, model: TinyModel) -> Path:
+    """One for the tests that compare with `_serial`."""
+    return make_engine(tmp_path_factory.mktemp("shared") / "best.sm75.engine", model)
+
+
+@pytest.fixture
+def backend(trt: Any, engine: Path, simulation: Any) -> Iterator[TensorRtBackend]:
+    assert trt is not None
+    assert simulation is not None
+    with TensorRtBackend(engine, BackendOptions(device="cuda:0")) as opened:
         yield opened

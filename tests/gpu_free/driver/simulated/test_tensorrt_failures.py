@@ -1,0 +1,85 @@
+"""Each call of the driver that fails under the TensorRT backend is told, and nothing is left behind."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from parkdet.runtime.backends.base import BackendOptions
+from parkdet.runtime.backends.tensorrt import TensorRtBackend
+from parkdet.runtime.cuda.driver import DriverError
+from parkdet.runtime.errors import ParkdetError
+from tests.gpu_free.driver.simulated.engines import CANVAS, NMS, batch_of
+
+LAUNCH_FAILED = 719
+
+
+def _session(engine: Path) -> None:
+    """A backend's life: opened, used with and without graphs, heads fetched, closed."""
+    images, letterboxes = batch_of(1, 0)
+    with TensorRtBackend(engine, BackendOptions(device="cuda:0")) as backend:
+        for _ in range(3):  # the third is recorded
+            backend.detect(images, letterboxes, NMS)
+        backend.infer(np.zeros((1, *CANVAS, 3), np.uint8))
+
+
+GIVING_BACK = ("Free", "Destroy", "Unload", "Release", "cuCtxPopCurrent")
+
+
+def test_each_call_that_fails_is_told_and_everything_is_given_back(
+    trt: Any, engine: Path, simulation: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert trt is not None
+    _session(engine)
+    calls = simulation.calls()
+    # Every name at its first and its last place: what lies between repeats.
+    places = {(name, number) for name in set(calls) for number in (1, calls.count(name))}
+    assert len(places) > 50
+    for name, number in sorted(places):
+        if name.startswith("cuGetErrorString"):
+            continue
+        simulation.reset()
+        simulation.fail(name, number, LAUNCH_FAILED)
+        caplog.clear()
+        message = ""
+        try:
+            _session(engine)
+        except ParkdetError as told:
+            message = str(told)
+        else:  # an engine that cannot be recorded runs without
+            assert name == "cuLaunchHostFunc"
+            message = caplog.text
+        assert "CUDA_ERROR_LAUNCH_FAILED" in message or "Cuda Runtime (719)" in message, (name, number, message)
+        live = simulation.live()
+        if name == "cuCtxPushCurrent" and number == calls.count(name):
+            simulation.forget()  # when closing: without the context nothing can be given back
+        elif any(word in name for word in GIVING_BACK):
+            assert sum(count > 0 for count in live.values()) <= 1, (name, number, live)
+            simulation.forget()
+        else:
+            assert not any(live.values()), (name, number, live)
+
+
+def test_threads_that_meet_a_failure_leave_nothing_behind(trt: Any, engine: Path, simulation: Any) -> None:
+    assert trt is not None
+    errors: list[str] = []
+    lock = threading.Lock()
+
+    def work(backend: TensorRtBackend, seed: int) -> None:
+        try:
+            backend.detect(*batch_of(4, seed), NMS)
+        except DriverError as error:
+            with lock:
+                errors.append(error.name)
+
+    with TensorRtBackend(engine, BackendOptions(device="cuda:0")) as backend:
+        simulation.fail("run:kernel", 40, LAUNCH_FAILED)
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda seed: work(backend, seed), range(8)))
+    assert errors
+    assert set(errors) == {"CUDA_ERROR_LAUNCH_FAILED"}
