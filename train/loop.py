@@ -115,7 +115,8 @@ class StageTrainer:
         self.pictures.labels(self.job.train_samples)
         with StopSwitch() as stop, repeatable(self.job.device, self.job.settings.deterministic):
             try:
-                while self.step < self.schedule.end_step:
+                # A run that was stopped in its last validation has that to do yet.
+                while self.step < self.schedule.end_step or self.batch:
                     self._train_epoch(stop)
                     validation = self._end_epoch(stop) or validation
                     self.epoch, self.batch = self.epoch + 1, 0
@@ -132,6 +133,8 @@ class StageTrainer:
         return validation
 
     def _train_epoch(self, stop: StopSwitch) -> None:
+        if self.step >= self.schedule.end_step:
+            return
         line = EpochLine(self.epoch, self.schedule.epochs, self.batches) if self.ranks.first else None
         self.learner.network.train()
         if self.planner is not None:

@@ -14,14 +14,14 @@ GB = 1_000_000_000
 
 
 class Memory:
-    """A GPU where a step takes `fixed + each * images` bytes (`extra` more an image from 8 on), until it is full."""
+    """A GPU where a step takes `fixed + each * images` bytes (`extra` more an image beyond those measured), until it is full."""
 
     def __init__(self, free: int, fixed: int, each: int, extra: int = 0):
         self.free, self.fixed, self.each, self.extra = free, fixed, each, extra
         self.asked: list[int] = []
 
     def taken(self, images: int) -> int:
-        return self.fixed + self.each * images + self.extra * max(images - 8, 0)
+        return self.fixed + self.each * images + self.extra * max(images - MEASURED[-1], 0)
 
     def __call__(self, images: int) -> int | None:
         self.asked.append(images)

@@ -362,7 +362,7 @@ def interrupted_after(batch: int, monkeypatch: pytest.MonkeyPatch) -> Callable[[
     return arm
 
 
-@pytest.mark.parametrize("place", ["batch 1", "batch 4", "batch 7", "validation"])
+@pytest.mark.parametrize("place", ["batch 1", "batch 4", "batch 7", "validation", "last validation"])
 def test_a_resumed_training_is_the_undisturbed_one_to_the_bit(
     samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
@@ -375,8 +375,9 @@ def test_a_resumed_training_is_the_undisturbed_one_to_the_bit(
     undisturbed.run()
 
     stopped = trainer(tmp_path / "b", samples, wanted, val=samples[:1])
-    answers(monkeypatch, *([first, None] if place == "validation" else [first, second]))
-    if place != "validation":
+    stops = {"validation": [first, None], "last validation": [first, second, None]}
+    answers(monkeypatch, *stops.get(place, [first, second]))
+    if place not in stops:
         interrupted_after(int(place.split()[1]), monkeypatch)(stopped)
     with pytest.raises(Interrupted, match="--resume"):
         stopped.run()
