@@ -14,7 +14,7 @@ GB = 1_000_000_000
 
 
 class Memory:
-    """A GPU where a step takes `fixed + each * images` bytes (`extra` more an image beyond those measured), until it is full."""
+    """A GPU where a step takes `fixed + each * images` bytes, and beyond the measured sizes `extra` more an image."""
 
     def __init__(self, free: int, fixed: int, each: int, extra: int = 0):
         self.free, self.fixed, self.each, self.extra = free, fixed, each, extra
