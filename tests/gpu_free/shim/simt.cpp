@@ -236,10 +236,11 @@ const char* serve_warp(Fiber* lanes, unsigned count, bool& moved) {
     return nullptr;
 }
 
-// A block finds its shared memory full of rubbish. The thread sanitizer is told that it is not the last block's, by
-// its interface for garbage collectors, the only one that makes it forget.
+// A block finds its shared memory full of rubbish: as a float 0.046, as a key one in the middle, as an index far out.
+// The thread sanitizer is told that it is not the last block's, by its interface for garbage collectors, the only one
+// that makes it forget.
 void renew_shared_memory() {
-    for (char* byte = __start_simt_shared; byte < __stop_simt_shared; ++byte) *byte = static_cast<char>(0xcd);
+    for (char* byte = __start_simt_shared; byte < __stop_simt_shared; ++byte) *byte = static_cast<char>(0x3d);
 #ifdef SIMT_TSAN
     const uintptr_t begin = reinterpret_cast<uintptr_t>(__start_simt_shared) & ~uintptr_t{15};
     const uintptr_t bytes = (reinterpret_cast<uintptr_t>(__stop_simt_shared) - begin + 15) & ~uintptr_t{15};
