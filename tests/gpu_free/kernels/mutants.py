@@ -42,8 +42,8 @@ def known_survivors() -> dict[tuple[str, str, str], str]:
     """(file, line, changed line) -> the proof that the change is none."""
     known = {}
     for group in tomllib.loads(SURVIVORS.read_text(encoding="utf-8")).get("proof", []):
-        for change in group["changes"]:
-            known[group["file"], change["line"], change["becomes"]] = group["because"]
+        for line, becomes in group["changes"]:
+            known[group["file"], line, becomes] = group["because"]
     return known
 
 
