@@ -99,7 +99,8 @@ def test_any_heads(simulation: Simulation, case: NmsCase) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
+@pytest.mark.timeout(1200)
+@settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=cases())
 def test_any_heads_at_length(simulation: Simulation, case: NmsCase) -> None:
     assert not differs(simulation, case)
@@ -112,6 +113,7 @@ def test_a_partial_batch_leaves_the_rest_alone(simulation: Simulation) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_the_contest_at_full_size(simulation: Simulation) -> None:
     """The three views of 1600 x 896, 163,170 anchors, 14 classes, two images: one ordinary, one over the cap."""
     spec = model(14, levels=4, tta=True)

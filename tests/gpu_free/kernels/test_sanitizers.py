@@ -9,7 +9,10 @@ import pytest
 from tests.gpu_free.kernels.cases import letterbox_cases, nms_cases, thread_cases, write_cases
 from tests.gpu_free.kernels.simulation import case_runner, compiler, run_cases
 
-pytestmark = pytest.mark.skipif(compiler() is None, reason="no g++ (or what CXX names)")
+pytestmark = [
+    pytest.mark.skipif(compiler() is None, reason="no g++ (or what CXX names)"),
+    pytest.mark.timeout(1200),
+]
 
 
 def test_every_case_in_memory_of_its_own(tmp_path: Path) -> None:
