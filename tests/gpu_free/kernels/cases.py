@@ -187,13 +187,13 @@ def _caps_at_equality() -> Iterator[NmsCase]:
         )
     # The same over several blocks' widths: the last ones are held against all that were kept, and no more.
     spec = model(7)
-    wide = NmsCase(
+    crowded = NmsCase(
         name="max_det at what stays of three tiles", spec=spec, canvas_hw=(96, 128),
         heads=random_heads(spec, (96, 128), 1, seed=8, objectness=3, spread=1.0),
         settings=NmsSettings(iou=0.0, agnostic=True, max_det=100), max_candidates=5000,
     )  # fmt: skip
-    ((kept, _),) = wide.expected()
-    yield dataclasses.replace(wide, settings=dataclasses.replace(wide.settings, max_det=len(kept)))
+    ((kept, _),) = crowded.expected()
+    yield dataclasses.replace(crowded, settings=dataclasses.replace(crowded.settings, max_det=len(kept)))
     for classes, cells in ((1, 1), (1024, 1), (1025, 1), (1024, 2), (683, 3)):
         # So many candidates: the widths of a block, of a tile, and one past them.
         wide, hw = model(classes, levels=1, anchors=1), (8, 8 * cells)
