@@ -76,6 +76,7 @@ class _Prepared:
     context: ExecutionContext
     batch: int
     """Of the engine's run; the images may be fewer."""
+    canvas_hw: tuple[int, int]
     heads: list[tuple[str, tuple[int, ...], np.dtype[Any], int]]
     """Of every raw head: output, shape, type, offset in the shared memory."""
     heads_bytes: int
@@ -86,7 +87,7 @@ class _Prepared:
 
 
 class TensorRtBackend(GraphBackend):
-    """One engine, or several that differ in their canvas, on one GPU."""
+    """One engine, for a canvas or a range of them, or several of other canvases, on one GPU."""
 
     name = "tensorrt"
     parallel = SLOTS
@@ -102,20 +103,22 @@ class TensorRtBackend(GraphBackend):
         try:
             with self._device.current():
                 spec = self._load(engine_files(path), self._resources)
-                first = next(iter(self._engines.values()))
+                first = self._engines[0]
                 super().__init__(path, spec, [first.input], first.outputs)
         except BaseException:
             self._release()
             raise
         self.precision = spec.precision
-        self.canvases = tuple(sorted(self._engines))
-        if len(self.canvases) > 1:
+        fixed = [engine.canvas_hw for engine in self._engines if engine.canvas_hw is not None]
+        self.canvases = tuple(sorted(fixed)) if len(fixed) == len(self._engines) else ()
+        if len(self._engines) > 1:
             self.fixed_input = (None, None, None)
-        self._most = {canvas: engine.most_batch for canvas, engine in self._engines.items()}
+        self._most: dict[tuple[int, int], int] = {}
+        """Batch by canvas that was found to fit the memory."""
 
     def _load(self, files: Sequence[Path], resources: ExitStack) -> ModelSpec:
         libraries: dict[Flavour, Library] = {}
-        self._engines: dict[tuple[int, int], Engine] = {}
+        self._engines: list[Engine] = []
         specs: list[ModelSpec] = []
         for file in files:
             flavour = engine_sidecar.read(file).flavour
@@ -128,12 +131,12 @@ class TensorRtBackend(GraphBackend):
             check_graph(file, spec, [engine.input], engine.outputs)
             engine.order_outputs([output.name for output in spec.outputs])
             specs.append(replace(spec, inputs=(), outputs=()))
-            if specs[0] != specs[-1] or engine.canvas_hw in self._engines:
+            if specs[0] != specs[-1] or engine.canvas_hw in [other.canvas_hw for other in self._engines]:
                 raise ArtifactError(
                     f"{file}: does not go with {files[0]}: engines that are opened together are of one model, each of "
                     "another canvas"
                 )
-            self._engines[engine.canvas_hw] = engine
+            self._engines.append(engine)
         self._kernels = resources.enter_context(DeviceKernels())
         self._copies = resources.enter_context(Stream())
         self._compute = resources.enter_context(Stream())
@@ -193,7 +196,7 @@ class TensorRtBackend(GraphBackend):
     def _heads(self, canvases: ImageArray, slot: Slot, engine: Engine) -> list[NDArray[np.floating[Any]]]:
         _, total = slot.fill([canvases])
         with self._submitting:
-            prepared = self._prepare(engine, len(canvases))
+            prepared = self._prepare(engine, len(canvases), (canvases.shape[1], canvases.shape[2]))
             slot.pinned_results.reserve(prepared.heads_bytes)
             upload(self._memory.canvases.pointer, slot.pinned_images.pinned, canvases.nbytes, self._compute)
             prepared.context.enqueue(self._compute)
@@ -212,20 +215,29 @@ class TensorRtBackend(GraphBackend):
         """`run` for portions that the engine and the memory can take, each in a slot of its own."""
         if self._closed:
             raise ValueError(f"{self.path}: this {self.name} backend is closed")
-        engine = self._engines.get(canvas)
-        if engine is None:
-            raise ValueError(f"{self.path}: has engines for canvases of {self.canvases}, not {canvas}")
+        engine = self._engine_for(canvas)
         answers: list[_Answer] = []
         done = 0
         while done < count:
-            size = min(self._most[canvas], count - done)
+            size = min(self._most.get(canvas, engine.most_batch), count - done)
             try:
                 with self._device.current(), self._slot() as slot:
                     answers += run(slice(done, done + size), slot, engine)
                 done += size
             except (OutOfDeviceMemory, TensorRtOutOfMemory) as error:
-                self._shrink(canvas, max(size, engine.least_batch), error)
+                self._shrink(engine, canvas, max(size, engine.least_batch), error)
         return answers
+
+    def _engine_for(self, canvas: tuple[int, int]) -> Engine:
+        """The engine of this canvas alone, or one that takes it among others."""
+        able = [engine for engine in self._engines if engine.takes(canvas)]
+        if not able:
+            built = "; ".join(f"{engine.least[1:3]} to {engine.most[1:3]}" for engine in self._engines)
+            raise ArtifactError(
+                f"{self.path}: was built for canvases from {built}, not {canvas}; build an engine for this one with "
+                f"'parkdet export --canvas {canvas[0]}x{canvas[1]}' and open the folder of both"
+            )
+        return min(able, key=lambda engine: engine.canvas_hw is None)
 
     @contextmanager
     def _slot(self) -> Iterator[Slot]:
@@ -251,11 +263,12 @@ class TensorRtBackend(GraphBackend):
         nms: NmsSettings,
     ) -> OutputLayout:
         """Ask the compute stream for everything from the images to the results in the slot's pinned memory."""
-        prepared = self._prepare(engine, len(images))
+        canvas = letterboxes[0].canvas_hw
+        prepared = self._prepare(engine, len(images), canvas)
         layout = OutputLayout(len(images), nms.max_det)
         slot.results.reserve(layout.nbytes)
         slot.pinned_results.reserve(layout.nbytes)
-        canvas_bytes = 3 * engine.canvas_hw[0] * engine.canvas_hw[1]
+        canvas_bytes = 3 * canvas[0] * canvas[1]
         self._kernels.run(
             (
                 letterbox_launch(
@@ -307,13 +320,13 @@ class TensorRtBackend(GraphBackend):
         log.warning("%s: cannot be recorded as a CUDA graph and runs without (%s)", prepared.engine.where, why)
         return None
 
-    def _prepare(self, engine: Engine, count: int) -> _Prepared:
+    def _prepare(self, engine: Engine, count: int, canvas: tuple[int, int]) -> _Prepared:
         """The context for so many images, with memory and addresses."""
         batch = max(count, engine.least_batch)
-        key = (engine.canvas_hw, batch)
+        key = (canvas, batch)
         prepared = self._prepared.pop(key, None)
         if prepared is None:
-            prepared = _prepared(engine, batch, next(self._serials))
+            prepared = _prepared(engine, batch, canvas, next(self._serials))
         self._prepared[key] = prepared
         while len(self._prepared) > _KEPT_CONTEXTS:
             self._compute.synchronize()
@@ -331,7 +344,7 @@ class TensorRtBackend(GraphBackend):
 
     def _nms_parameters(self, prepared: _Prepared, images: int, nms: NmsSettings) -> NmsParameters:
         spec = self.spec
-        geometries = head_geometries(spec, prepared.engine.canvas_hw)
+        geometries = head_geometries(spec, prepared.canvas_hw)
         half = prepared.heads[0][2] == np.float16
         parameters = nms_parameters(geometries, spec.num_classes, nms, half_heads=half)
         parameters.batch = images
@@ -345,9 +358,8 @@ class TensorRtBackend(GraphBackend):
         held = (memory.canvases.bytes, memory.heads.bytes, memory.scratch.bytes, memory.workspace.bytes)
         return any(size > have for size, have in zip(_sizes(prepared), held, strict=True))
 
-    def _shrink(self, canvas: tuple[int, int], size: int, error: Exception) -> None:
+    def _shrink(self, engine: Engine, canvas: tuple[int, int], size: int, error: Exception) -> None:
         """After a batch did not fit: give everything back and try with half of it, and say so."""
-        engine = self._engines[canvas]
         with self._submitting, self._device.current():
             self._give_back()
             free, total = self._device.memory()
@@ -357,7 +369,8 @@ class TensorRtBackend(GraphBackend):
                 f"{total / 2**30:.1f} GiB are free ({error}); end other programs on it, or export for a smaller canvas"
             ) from error
         with self._submitting:
-            self._most[canvas] = min(self._most[canvas], max(size // 2, engine.least_batch))
+            fits = max(size // 2, engine.least_batch)
+            self._most[canvas] = min(self._most.get(canvas, fits), fits)
         log.warning(
             "%s: a batch of %d does not fit the %s (%s); going on with %d at a time",
             engine.where, size, self._device.name, error, self._most[canvas],
@@ -392,19 +405,19 @@ def engine_files(path: Path) -> list[Path]:
     return files
 
 
-def _prepared(engine: Engine, batch: int, serial: int) -> _Prepared:
-    context = engine.context(batch)
+def _prepared(engine: Engine, batch: int, canvas: tuple[int, int], serial: int) -> _Prepared:
+    context = engine.context(batch, canvas)
     heads, offset = [], 0
     for output in engine.outputs:
         shape, dtype = context.output_shapes[output.name], np.dtype(output.dtype)
         heads.append((output.name, shape, dtype, offset))
         offset += aligned(int(np.prod(shape)) * dtype.itemsize)
-    return _Prepared(engine, context, batch, heads, offset, serial)
+    return _Prepared(engine, context, batch, canvas, heads, offset, serial)
 
 
 def _sizes(prepared: _Prepared) -> tuple[int, int, int, int]:
     """Bytes of canvases, heads, scratch and workspace that a run needs."""
-    height, width = prepared.engine.canvas_hw
+    height, width = prepared.canvas_hw
     canvases = 3 * height * width * prepared.batch
     return canvases, prepared.heads_bytes, max(prepared.context.scratch_bytes, 1), workspace_bytes(prepared.batch)
 

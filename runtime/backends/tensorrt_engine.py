@@ -81,7 +81,7 @@ class Library:
 
 
 class Engine:
-    """An engine file, loaded: one image input with its range of batches, and outputs."""
+    """An engine file, loaded: one image input with its range of batches and canvases, and outputs."""
 
     def __init__(self, library: Library, content: bytes, where: Path) -> None:
         """ArtifactError when TensorRT refuses the file or it has another number of inputs than one."""
@@ -102,7 +102,7 @@ class Engine:
         if len(inputs) != 1:
             raise ArtifactError(f"{where}: has {len(inputs)} inputs, not one of images; run 'parkdet export' again")
         self.input = inputs[0]
-        self.least_batch, self.most_batch = self._batches()
+        self.least, self.most = self._ranges()
 
     def _tensor(self, name: str) -> tuple[bool, TensorSpec]:
         trt, engine = self.library.module, self._engine
@@ -112,19 +112,13 @@ class Engine:
             raise ArtifactError(f"{self.where}: wants '{name}' in host memory; run 'parkdet export' again")
         return engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT, spec
 
-    def _batches(self) -> tuple[int, int]:
-        """The smallest and the largest batch, from the shape or the first optimisation profile."""
-        batch, *sides = self.input.shape
-        if any(side < 1 for side in sides):
-            raise ArtifactError(
-                f"{self.where}: has an input of changing size, {self.input.shape}; parkdet runs engines of one canvas: "
-                "run 'parkdet export --canvas HxW'"
-            )
-        if batch > 0:
-            return batch, batch
-        shapes = self._engine.get_tensor_profile_shape(self.input.name, 0)
-        least, _, most = (tuple(shape) for shape in shapes)
-        return int(least[0]), int(most[0])
+    def _ranges(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The smallest and the largest (batch, height, width, 3): its shape, or those of its optimisation profile."""
+        shape = self.input.shape
+        if all(side > 0 for side in shape):
+            return shape, shape
+        least, _, most = self._engine.get_tensor_profile_shape(self.input.name, 0)
+        return tuple(int(side) for side in least), tuple(int(side) for side in most)
 
     def order_outputs(self, names: list[str]) -> None:
         """Have `outputs` in this order, which is that of the model spec. ArtifactError when the names are others."""
@@ -137,17 +131,31 @@ class Engine:
         self.outputs = [by_name[name] for name in names]
 
     @property
-    def canvas_hw(self) -> tuple[int, int]:
-        """Height and width of the one canvas that it takes, (B, H, W, 3)."""
-        return self.input.shape[1], self.input.shape[2]
+    def canvas_hw(self) -> tuple[int, int] | None:
+        """Height and width of the one canvas that it takes; None where it takes a range of them."""
+        return (self.least[1], self.least[2]) if self.least[1:3] == self.most[1:3] else None
 
-    def context(self, batch: int) -> ExecutionContext:
-        """A context for one size of batch, without memory of its own."""
+    def takes(self, canvas_hw: tuple[int, int]) -> bool:
+        """Whether a canvas is within what it was built for."""
+        return all(
+            low <= side <= high for low, side, high in zip(self.least[1:3], canvas_hw, self.most[1:3], strict=True)
+        )
+
+    @property
+    def least_batch(self) -> int:
+        return self.least[0]
+
+    @property
+    def most_batch(self) -> int:
+        return self.most[0]
+
+    def context(self, batch: int, canvas_hw: tuple[int, int]) -> ExecutionContext:
+        """A context for one size of batch and canvas, without memory of its own."""
         strategy = self.library.module.ExecutionContextAllocationStrategy.USER_MANAGED
         native = self._engine.create_execution_context(strategy)
         if native is None:
             raise self.library.failure(f"{self.where}: no execution context could be made")
-        return ExecutionContext(self, native, batch)
+        return ExecutionContext(self, native, (batch, *canvas_hw, 3))
 
     def close(self) -> None:
         """Drop the engine, then its runtime. Its contexts must be gone."""
@@ -167,15 +175,14 @@ class Engine:
 
 
 class ExecutionContext:
-    """One size of batch, ready to be enqueued once it has its memory and addresses.
+    """One size of batch and canvas, ready to be enqueued once it has its memory and addresses.
 
     The shape never changes, so a CUDA graph that was captured from it stays valid as long as the addresses do.
     """
 
-    def __init__(self, engine: Engine, native: Any, batch: int) -> None:
+    def __init__(self, engine: Engine, native: Any, shape: tuple[int, ...]) -> None:
         self._engine = engine
         self._native: Any = native
-        shape = (batch, *engine.input.shape[1:])
         if not native.set_input_shape(engine.input.name, shape):
             raise self._failed(f"images of {shape} were refused")
         unknown = native.infer_shapes()

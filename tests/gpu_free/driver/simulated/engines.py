@@ -26,13 +26,13 @@ Found = list[Any]
 
 def make_engine(
     path: Path, model: TinyModel, flavour: str = "11", canvas: tuple[int, int] = CANVAS,
-    batches: tuple[int, int] = (1, 4), half: bool = True, **changed: Any,
+    batches: tuple[int, int] = (1, 4), half: bool = True, canvases: tuple[tuple[int, int], ...] = (), **changed: Any,
 ) -> Path:  # fmt: skip
     """An engine and its sidecar, as `parkdet export` would leave them."""
     least, most = batches
     onnx = path.with_suffix(".onnx")
-    model.save(onnx, fixed=("B", *canvas))  # type: ignore[arg-type]
-    simulated_engine(path, onnx, least, most, half)
+    model.save(onnx, fixed=None if canvases else ("B", *canvas))  # type: ignore[arg-type]
+    simulated_engine(path, onnx, least, most, half, canvases)
     about = {"flavour": "tensorrt-rtx" if flavour == "rtx" else "tensorrt", "version": VERSIONS[flavour]}
     describe_engine(path, model, canvas, batches, half, **(about | changed))
     return path

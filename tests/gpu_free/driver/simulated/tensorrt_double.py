@@ -25,9 +25,11 @@ SCRATCH_BYTES = 1000
 _HOST_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
-def simulated_engine(path: Path, onnx: Path, least: int, most: int, half: bool = True) -> Path:
-    """An engine file of an ONNX file of one canvas, for batches from `least` to `most`."""
-    about = {"least": least, "most": most, "half": half}
+def simulated_engine(
+    path: Path, onnx: Path, least: int, most: int, half: bool = True, canvases: tuple[tuple[int, int], ...] = ()
+) -> Path:
+    """An engine file of an ONNX file, for batches from `least` to `most`; of a dynamic one for a range of canvases."""
+    about = {"least": least, "most": most, "half": half, "canvases": canvases}
     path.write_bytes(MAGIC + json.dumps(about).encode() + b"\n" + onnx.read_bytes())
     return path
 
@@ -118,8 +120,8 @@ def tensorrt_double(flavour: str) -> Any:
 
         def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[tuple[int, ...]]:
             assert profile_index == 0
-            shape = self._shape(name)
-            return [(self._about[key], *shape) for key in ("least", "most", "most")]
+            low, high = self._about["canvases"] or [self._shape(name)[:2]] * 2
+            return [(self._about[key], *canvas, 3) for key, canvas in (("least", low), ("most", high), ("most", high))]
 
         def create_execution_context(self, strategy: Any = None) -> Any:
             assert strategy is surface.enumerations["ExecutionContextAllocationStrategy"].USER_MANAGED
@@ -127,19 +129,27 @@ def tensorrt_double(flavour: str) -> Any:
 
         def _shape(self, name: str) -> tuple[int, ...]:
             (tensor,) = (tensor for tensor in [*self._outputs, self._input] if tensor.name == name)
-            return tuple(tensor.shape[1:])
+            return tuple(side if isinstance(side, int) else -1 for side in tensor.shape[1:])
+
+        def _all_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+            """Of the outputs for images of this shape."""
+            outputs = [output.name for output in self._outputs]
+            values = self._session.run(outputs, {self._input.name: np.zeros(shape, np.uint8)})
+            return {name: value.shape for name, value in zip(outputs, values, strict=True)}
 
     class IExecutionContext(Strict):
         def __init__(self, engine: Any) -> None:
             self._engine = engine
             self._addresses: dict[str, int] = {}
+            self._shapes: dict[str, tuple[int, ...]] = {}
             self._memory = (0, 0)
             self._batch = 0
 
         def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-            about = self._engine._about
-            fits = about["least"] <= shape[0] <= about["most"] and tuple(shape[1:]) == self._engine._shape(name)
-            self._batch = shape[0]
+            least, _, most = self._engine.get_tensor_profile_shape(name, 0)
+            fits = all(low <= side <= high for low, side, high in zip(least, shape, most, strict=True))
+            self._batch, self._input_shape = shape[0], tuple(shape)
+            self._shapes = self._engine._all_shapes(self._input_shape) if fits else {}
             return bool(answer("IExecutionContext", "set_input_shape", fits))
 
         def infer_shapes(self) -> list[str]:
@@ -156,7 +166,7 @@ def tensorrt_double(flavour: str) -> Any:
             self._memory = (memory, size)
 
         def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-            return (self._batch, *self._engine._shape(name))
+            return tuple(self._shapes[name])
 
         def set_tensor_address(self, name: str, memory: int) -> bool:
             assert memory % 256 == 0
@@ -168,13 +178,12 @@ def tensorrt_double(flavour: str) -> Any:
             return bool(answer("IExecutionContext", "is_stream_capturable", True))
 
         def execute_async_v3(self, stream_handle: int) -> bool:
-            engine, addresses, memory, batch = self._engine, dict(self._addresses), self._memory, self._batch
+            engine, addresses, memory, shape = self._engine, dict(self._addresses), self._memory, self._input_shape
             names = [engine._input.name, *(output.name for output in engine._outputs)]
             assert sorted(addresses) == sorted(names), "an address is missing"
             assert memory[0], "there is no scratch memory"
 
             def run(_: Any) -> None:
-                shape = (batch, *engine._shape(engine._input.name))
                 image = _memory(addresses[engine._input.name], shape, np.uint8).copy()
                 _memory(memory[0], (memory[1],), np.uint8)[:] = 0xEE
                 outputs = [output.name for output in engine._outputs]

@@ -73,7 +73,7 @@ def test_no_image_is_no_work_and_a_batch_shares_a_canvas(backend: TensorRtBacken
     boxes = [Letterbox.fit((64, 96), 96, 16, CANVAS), Letterbox.fit((64, 96), 96, 16, (112, 112))]
     with pytest.raises(ValueError, match="share one canvas"):
         backend.detect([image, image], boxes, NMS)
-    with pytest.raises(ValueError, match=r"engines for canvases of \(\(80, 112\),\), not \(112, 112\)"):
+    with pytest.raises(ArtifactError, match=r"built for canvases from \(80, 112\) to \(80, 112\), not \(112, 112\)"):
         backend.detect([image], boxes[1:], NMS)
 
 
@@ -217,6 +217,21 @@ def test_a_batch_larger_than_the_engines_or_smaller(
                 assert ours.dtype == np.float32
                 assert np.allclose(ours, theirs, atol=2e-2, rtol=2e-3)
     assert same(answers[0], answers[1])
+
+
+def test_an_engine_for_a_range_of_canvases(trt: Any, tmp_path: Path, model: TinyModel, simulation: Any) -> None:
+    assert trt is not None
+    assert simulation is not None
+    engine = make_engine(tmp_path / "range.engine", model, canvases=((48, 64), (112, 112)))
+    with TensorRtBackend(engine, BackendOptions(device="cuda:0")) as backend:
+        assert (backend.canvases, backend.fixed_input) == ((), (None, None, None))
+        for shape in ((64, 96), (96, 64), (96, 96), (64, 96), (96, 64), (64, 96), (96, 64), (64, 96), (96, 64)):
+            image, box = picture(*shape, seed=4), Letterbox.fit(shape, 96, 16)
+            assert same(backend.detect([image], [box], NMS), on_the_cpu(model, [image], [box], NMS), exact=False)
+            heads = backend.infer(box.apply(image)[None])
+            assert np.allclose(heads[1], model.heads(box.apply(image)[None])[1], atol=2e-2, rtol=2e-3)
+        with pytest.raises(ArtifactError, match=r"from \(48, 64\) to \(112, 112\), not \(144, 112\)"):
+            backend.detect([image], [Letterbox.fit(shape, 96, 16, (144, 112))], NMS)
 
 
 def test_several_engines_of_other_canvases_share_a_context(
