@@ -83,6 +83,14 @@ def _require_pairs(asked: Composition) -> None:
             "give one for each --predictions, in the same order"
         )
     for mine, other in zip(asked.tune_runs, asked.runs, strict=True):
+        # Both parts of a data set may number their images from 1: ids alone do not tell them apart.
+        images = mine.fingerprint.get("image_list")
+        same_images = images is not None and images == other.fingerprint.get("image_list")
+        if same_images or mine.folder.resolve() == other.folder.resolve():
+            raise UsageError(
+                f"--tune {mine.folder}: is over the images to submit, of which there is no truth; "
+                "make one with 'parkdet infer --split val'"
+            )
         mine.require_same_scores(other)
     covered = [run.covered for run in asked.tune_runs]
     if any(images != covered[0] for images in covered):

@@ -198,6 +198,7 @@ def test_runs_that_do_not_go_together_are_refused(run_cli: RunCli, tmp_path: Pat
     other = write_run(tmp_path / "other", test, ids_of(test_truth), model="o" * 64)
     tune = write_run(tmp_path / "val", val, ids_of(val_truth), model="x" * 64)
     right = write_run(tmp_path / "right", val, ids_of(val_truth))
+    twin = write_run(tmp_path / "twin", test, ids_of(test_truth))
     base = ("submit", "--data", data, "--predictions", run)
     for options, message in [
         (("--predictions", run), "the same run is there twice"),
@@ -206,7 +207,8 @@ def test_runs_that_do_not_go_together_are_refused(run_cli: RunCli, tmp_path: Pat
         (("--predictions", other, "--merge-weights", "1,0"), "larger than 0"),
         (("--predictions", other, "--tune", right), "1 validation runs for 2 runs"),
         (("--tune", tune), "is of another model or other settings"),
-        (("--tune", run), "200 of its 200 images have no truth"),
+        (("--tune", run), "is over the images to submit"),
+        (("--tune", twin), "200 of its 200 images have no truth"),
         (("--tune", tmp_path / "none"), "no such folder"),
         (("--tune", right, "--metric", "ap"), "--metric 'ap'"),
         (("--diff", "a", "b"), "either --predictions"),
