@@ -10,10 +10,13 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper
 
+from parkdet.export.plugin_node import with_plugin
 from parkdet.runtime.heads import RawHead, decode_candidates
-from parkdet.runtime.model_spec import ModelSpec
+from parkdet.runtime.model_spec import ModelSpec, TensorSpec
 from parkdet.runtime.nms import NmsSettings, suppress
 from parkdet.runtime.views import head_sources
 from tests.gpu_free.kernels.simulation import compiler
@@ -178,6 +181,35 @@ def test_heads_of_several_views_are_turned_back(library: ctypes.CDLL, half: bool
         view_flips=[int(source.view.mirrored) for source in sources],
     )
     check(_run(library, attributes, heads, half), expected(heads, attributes, spec))
+
+
+@pytest.mark.parametrize("tta", [True, False])
+def test_the_node_that_export_writes_is_one_that_the_core_takes(library: ctypes.CDLL, tta: bool) -> None:
+    """Its attributes as TensorRT's parser hands them over: int32 and float32, lists as they are."""
+    sources = head_sources(len(SPEC.strides), tta)
+    shapes = []
+    for source in sources:
+        stride = SPEC.strides[source.level]
+        rows, columns = (source.view.padded(side, SPEC.stride_max) // stride for side in (80, 112))
+        shapes.append((1, 2, rows, columns, 8))
+    outputs = tuple(TensorSpec(name=s.name, dtype="float32", shape=d) for s, d in zip(sources, shapes, strict=True))
+    spec = replace(SPEC, tta=tta, outputs=outputs, conf=0.2, iou=0.1, max_det=200)
+    heads = [helper.make_tensor_value_info(one.name, TensorProto.FLOAT, one.shape) for one in outputs]
+    model, _ = with_plugin(helper.make_model(helper.make_graph([], "raw", [], heads)), spec)
+    (node,) = model.graph.node
+    own = {"plugin_version": b"1", "plugin_namespace": b"parkdet"}
+    core = Core(library, ATTRIBUTES)
+    for attribute in node.attribute:
+        value = helper.get_attribute_value(attribute)
+        if attribute.name in own:
+            assert value == own[attribute.name]
+            continue
+        whole = attribute.type in (onnx.AttributeProto.INT, onnx.AttributeProto.INTS)
+        assert core.set(attribute.name, np.atleast_1d(np.array(value, np.int32 if whole else np.float32))), core.error
+    assert core.complete(), core.error
+    assert core.accepts(np.array(shapes, np.int64)), core.error
+    assert (node.op_type, node.domain, list(node.input)) == ("ParkdetNMS", "parkdet", [one.name for one in outputs])
+    core.close()
 
 
 def test_fields_come_back_as_they_were_set(core: Core, library: ctypes.CDLL) -> None:
