@@ -19,8 +19,9 @@ def exported(checkpoint: Path, images: Path | None, tta: bool = False) -> Path:
     """
     from parkdet.export.config import ExportOptions, GraphOptions
     from parkdet.export.exporter import export_onnx
-    from parkdet.runtime.backends.base import open_backend
+    from parkdet.runtime.backends.onnx_file import read_onnx_metadata
     from parkdet.runtime.errors import ParkdetError, UsageError
+    from parkdet.runtime.model_spec import SPEC_KEY, ModelSpec
     from parkdet.train.checkpoint import file_sha256
 
     if not checkpoint.is_file():
@@ -29,8 +30,9 @@ def exported(checkpoint: Path, images: Path | None, tta: bool = False) -> Path:
     artifact = checkpoint.with_suffix(".tta.onnx" if tta else ".onnx")
     if artifact.is_file():
         try:
-            with open_backend(artifact) as backend:
-                same = backend.spec.checkpoint_sha256 == file_sha256(checkpoint) and backend.spec.tta == tta
+            spec = ModelSpec.from_json(read_onnx_metadata(artifact).get(SPEC_KEY, ""), str(artifact))
+            runs_here = (spec.input_format, spec.head, spec.precision) == ("uint8-nhwc", "raw", "fp32")
+            same = runs_here and spec.tta == tta and spec.checkpoint_sha256 == file_sha256(checkpoint)
         except ParkdetError as error:
             click.echo(f"{error}; exporting again", err=True)
             same = False

@@ -80,8 +80,9 @@ class OpenVinoBackend(GraphBackend):
         idle = self._requests(images.shape)
         request = idle.get()
         try:
-            request.start_async([images], share_inputs=True)
-            request.wait()
+            # Several threads call at once, each with a request of its own. Not start_async and wait: the library's
+            # completion thread may hold the request and want Python's lock while the next call has it the other way.
+            request.infer([images], share_inputs=True)
             return [np.array(tensor.data) for tensor in request.output_tensors]
         finally:
             idle.put(request)
