@@ -6,6 +6,7 @@ TensorRT 11 has no flag for FP16, so the types must be in the ONNX file; one suc
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -35,10 +36,10 @@ def in_half(graph: onnx.ModelProto, head_weights: Iterable[str]) -> tuple[onnx.M
     """
     import onnx
 
-    half = onnx.ModelProto()
-    half.CopyFrom(graph)
+    half = _without_weights(graph)
     body, entries, ends = _body(half, FIRST_WEIGHT, set(head_weights))
-    findings = _convert_weights(half, {name for node in body if node.op_type == "Conv" for name in node.input[1:]})
+    of_body = {name for node in body if node.op_type == "Conv" for name in node.input[1:]}
+    findings = _add_weights(half, graph.graph.initializer, of_body)
     outputs = {output.name: output for output in half.graph.output}
     casts_in = {name: f"{name}_half" for name in dict.fromkeys(entries)}
     casts_out: dict[str, str] = {}
@@ -68,7 +69,6 @@ def in_half(graph: onnx.ModelProto, head_weights: Iterable[str]) -> tuple[onnx.M
     kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
     del half.graph.node[:]
     half.graph.node.extend(kept)
-    del half.graph.value_info[:]  # they state the types of before
     return half, findings
 
 
@@ -107,27 +107,46 @@ def _body(
     return body, entries, ends
 
 
-def _convert_weights(model: onnx.ModelProto, names: set[str]) -> list[str]:
-    """Make these initializers float16 in place; returns what was lost, and refuses what cannot be held."""
+def _without_weights(graph: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy without weights, which are most of its bytes, and without value infos, which state the types of before."""
+    import onnx
+
+    copy = onnx.ModelProto(
+        ir_version=graph.ir_version,
+        producer_name=graph.producer_name,
+        opset_import=graph.opset_import,
+        metadata_props=graph.metadata_props,
+    )
+    copy.graph.name = graph.graph.name
+    copy.graph.node.extend(graph.graph.node)
+    copy.graph.input.extend(graph.graph.input)
+    copy.graph.output.extend(graph.graph.output)
+    return copy
+
+
+def _add_weights(half: onnx.ModelProto, weights: Iterable[onnx.TensorProto], names: set[str]) -> list[str]:
+    """Add weights to a graph, those of these names in float16; returns what was lost, refuses what cannot be held."""
     import onnx
     from onnx import numpy_helper
 
     findings, out_of_range = [], []
-    for tensor in model.graph.initializer:
+    for tensor in weights:
         if tensor.name not in names or tensor.data_type != onnx.TensorProto.FLOAT:
+            half.graph.initializer.append(tensor)
             continue
         values = numpy_helper.to_array(tensor)
         layer = tensor.name.removeprefix("network.")
-        largest = float(np.abs(values).max(initial=0))
+        largest = max(float(values.max(initial=0)), -float(values.min(initial=0)))
         if not largest <= HALF_MAX:
             out_of_range.append(f"{layer} ({largest:.3g})")
             continue
         rounded = values.astype(np.float16)
-        norm = float(np.linalg.norm(values.astype(np.float64)))
-        lost = float(np.linalg.norm(values.astype(np.float64) - rounded.astype(np.float64)))
+        difference = (rounded.astype(np.float32) - values).ravel()
+        norm = math.sqrt(float(np.dot(values.ravel(), values.ravel())))
+        lost = math.sqrt(float(np.dot(difference, difference)))
         if lost > LOSSY * norm:
             findings.append(f"{layer} loses {lost / norm:.1%} of its norm in float16 (largest value {largest:.2g})")
-        tensor.CopyFrom(numpy_helper.from_array(rounded, tensor.name))
+        half.graph.initializer.append(numpy_helper.from_array(rounded, tensor.name))
     if out_of_range:
         raise GateError(
             f"float16 ends at {HALF_MAX:,.0f} and cannot hold {len(out_of_range)} of the weights: "
