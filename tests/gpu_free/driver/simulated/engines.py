@@ -14,8 +14,9 @@ from parkdet.runtime import engine_sidecar
 from parkdet.runtime.engine_sidecar import EngineSidecar, ShapeRange
 from parkdet.runtime.geometry import ImageArray, Letterbox
 from parkdet.runtime.heads import RawHead, decode_candidates
-from parkdet.runtime.model_spec import TensorSpec
+from parkdet.runtime.model_spec import ModelSpec, TensorSpec
 from parkdet.runtime.nms import NmsSettings, suppress
+from parkdet.runtime.views import head_sources
 from tests.gpu_free.driver.simulated.tensorrt_double import VERSIONS, simulated_engine
 from tests.runtime.conftest import TinyModel
 
@@ -110,3 +111,41 @@ def same(found: Found, expected: Found, exact: bool = True) -> bool:
         and counts == other
         for (a, counts), (b, other) in zip(found, expected, strict=True)
     )
+
+
+def views_onnx(path: Path, spec: ModelSpec, canvas: tuple[int, int] = CANVAS) -> list[TensorSpec]:
+    """An ONNX file that gives a head of the right shape for each view and level of test-time augmentation.
+
+    The numbers are of no detector: the canvas is resized to the head's cells, and each cell's colour mixed at random.
+    """
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    rng, channels = np.random.default_rng(2), spec.anchors_per_cell * spec.num_outputs
+    nodes = [
+        helper.make_node("Cast", ["images"], ["float"], to=TensorProto.FLOAT),
+        helper.make_node("Transpose", ["float"], ["nchw"], perm=[0, 3, 1, 2]),
+    ]
+    constants, outputs = [], []
+    for source in head_sources(len(spec.strides), tta=True):
+        name, stride = source.name, spec.strides[source.level]
+        rows, columns = (source.view.padded(side, spec.stride_max) // stride for side in canvas)
+        shape = (1, spec.anchors_per_cell, rows, columns, spec.num_outputs)
+        kernel = rng.normal(0, 1 / 60, (channels, 3, 1, 1)).astype(np.float32)
+        for suffix, value in (
+            ("sizes", np.array([1, 3, rows, columns], np.int64)), ("w", kernel),
+            ("cells", np.array([1, spec.anchors_per_cell, spec.num_outputs, rows, columns], np.int64)),
+        ):  # fmt: skip
+            constants.append(numpy_helper.from_array(value, f"{name}_{suffix}"))
+        nodes += [
+            helper.make_node("Resize", ["nchw", "", "", f"{name}_sizes"], [f"{name}_small"], mode="nearest"),
+            helper.make_node("Conv", [f"{name}_small", f"{name}_w"], [f"{name}_mixed"]),
+            helper.make_node("Reshape", [f"{name}_mixed", f"{name}_cells"], [f"{name}_split"]),
+            helper.make_node("Transpose", [f"{name}_split"], [name], perm=[0, 1, 3, 4, 2]),
+        ]
+        outputs.append(TensorSpec(name=name, dtype="float16", shape=shape))
+    images = helper.make_tensor_value_info("images", TensorProto.UINT8, [1, *canvas, 3])
+    infos = [helper.make_tensor_value_info(one.name, TensorProto.FLOAT, one.shape) for one in outputs]
+    graph = helper.make_graph(nodes, "views", [images], infos, constants)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+    return outputs

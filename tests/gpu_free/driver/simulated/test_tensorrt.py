@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import logging
 from concurrent.futures import ThreadPoolExecutor
@@ -13,15 +14,28 @@ from typing import Any
 import numpy as np
 import pytest
 
+from parkdet.runtime import engine_sidecar
 from parkdet.runtime.backends.base import BackendOptions, FinishingBackend, open_backend
 from parkdet.runtime.backends.tensorrt import DeviceImage, TensorRtBackend
 from parkdet.runtime.cuda.driver import Device, Event, Stream, call
 from parkdet.runtime.detector import Detector
 from parkdet.runtime.errors import ArtifactError, ParkdetError, UsageError
 from parkdet.runtime.geometry import Letterbox
+from parkdet.runtime.heads import decode_candidates
 from parkdet.runtime.model_spec import ModelSpec, TensorSpec
-from parkdet.runtime.nms import NmsSettings
-from tests.gpu_free.driver.simulated.engines import CANVAS, NMS, Found, batch_of, make_engine, on_the_cpu, picture, same
+from parkdet.runtime.nms import NmsSettings, suppress
+from tests.gpu_free.driver.simulated.engines import (
+    CANVAS,
+    NMS,
+    Found,
+    batch_of,
+    make_engine,
+    on_the_cpu,
+    picture,
+    same,
+    views_onnx,
+)
+from tests.gpu_free.driver.simulated.tensorrt_double import simulated_engine
 from tests.runtime.conftest import TinyModel
 
 OUT_OF_MEMORY, LAUNCH_FAILED = 2, 719
@@ -232,6 +246,31 @@ def test_an_engine_for_a_range_of_canvases(trt: Any, tmp_path: Path, model: Tiny
             assert np.allclose(heads[1], model.heads(box.apply(image)[None])[1], atol=2e-2, rtol=2e-3)
         with pytest.raises(ArtifactError, match=r"from \(48, 64\) to \(112, 112\), not \(144, 112\)"):
             backend.detect([image], [Letterbox.fit(shape, 96, 16, (144, 112))], NMS)
+
+
+def test_the_views_of_test_time_augmentation_are_joined(trt: Any, tmp_path: Path, simulation: Any) -> None:
+    assert trt is not None
+    assert simulation is not None
+    import onnxruntime as ort
+
+    model = TinyModel.random(tta=True)
+    engine = make_engine(tmp_path / "views.engine", model, batches=(1, 1))
+    outputs = views_onnx(tmp_path / "views.onnx", model.spec)
+    simulated_engine(engine, tmp_path / "views.onnx", 1, 1)
+    content = engine.read_bytes()
+    sidecar = engine_sidecar.read(engine)
+    spec = replace(sidecar.spec, outputs=tuple(outputs))
+    digest = hashlib.sha256(content).hexdigest()
+    engine_sidecar.write(engine, replace(sidecar, spec=spec, engine_sha256=digest, engine_bytes=len(content)))
+    image, box = picture(64, 96, 9), Letterbox.fit((64, 96), 96, 16, CANVAS)
+    session = ort.InferenceSession(tmp_path / "views.onnx", providers=["CPUExecutionProvider"])
+    raw = session.run([output.name for output in outputs], {"images": box.apply(image)[None]})
+    (candidates,) = decode_candidates([head.astype(np.float16) for head in raw], spec, NMS.conf)
+    right = [suppress(candidates, NMS)]
+    assert len(right[0][0]) > 5
+    with TensorRtBackend(engine, BackendOptions(device="cuda:0")) as backend:
+        for _ in range(4):
+            assert same(backend.detect([image], [box], NMS), right, exact=False)
 
 
 def test_several_engines_of_other_canvases_share_a_context(
