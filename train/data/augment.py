@@ -317,7 +317,7 @@ def scale_hsv(image: ImageArray, gains: NDArray[np.float64]) -> ImageArray:
     tables = np.arange(256)[:, None] * gains
     tables[:, 0] %= 180  # OpenCV's hue is half the angle
     tables = np.ascontiguousarray(np.minimum(tables, 255).astype(np.uint8).T)
-    # Plane by plane: OpenCV looks up three channels at once in half the time again.
+    # Plane by plane, split and merged, takes two thirds of the time of three channels at once.
     planes = [
         cv2.LUT(plane, table)
         for plane, table in zip(cv2.split(cv2.cvtColor(image, cv2.COLOR_BGR2HSV)), tables, strict=True)

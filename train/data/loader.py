@@ -303,7 +303,7 @@ def _start_worker(_worker_id: int) -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Let the C library keep what arrays of image size gave back: fresh pages from the kernel cost a third of the time.
+    """Let the C library keep what arrays of image size gave back: fresh pages from the kernel cost time.
 
     Where it has no such setting (not glibc) nothing changes.
     """
