@@ -40,6 +40,9 @@ class OpenVinoBackend(GraphBackend):
         import openvino as ov
 
         self._core = ov.Core()
+        # The library's table of element types is made at its first use. Two threads that meet there wait for one
+        # another for ever, one holding Python's lock and the other the table's: so it is used here, by one.
+        ov.Type.u8.to_dtype()
         self._model: openvino.Model | None = None
         if path.suffix.lower() == ".onnx":
             # Before OpenVINO sees it: on a damaged file its frontends print to the terminal in turn.
