@@ -242,6 +242,9 @@ def test_an_engine_for_a_range_of_canvases(trt: Any, tmp_path: Path, model: Tiny
         for shape in ((64, 96), (96, 64), (96, 96), (64, 96), (96, 64), (64, 96), (96, 64), (64, 96), (96, 64)):
             image, box = picture(*shape, seed=4), Letterbox.fit(shape, 96, 16)
             assert same(backend.detect([image], [box], NMS), on_the_cpu(model, [image], [box], NMS), exact=False)
+            # Six pairs of batch and canvas are more than the contexts that are kept.
+            pair = on_the_cpu(model, [image, image], [box, box], NMS)
+            assert same(backend.detect([image, image], [box, box], NMS), pair, exact=False)
             heads = backend.infer(box.apply(image)[None])
             assert np.allclose(heads[1], model.heads(box.apply(image)[None])[1], atol=2e-2, rtol=2e-3)
         with pytest.raises(ArtifactError, match=r"from \(48, 64\) to \(112, 112\), not \(144, 112\)"):
