@@ -134,7 +134,9 @@ def _first_keys(path: Path) -> tuple[str, ...]:
 
 def _read(side: _Side, number: int, keys: Sequence[str], detections: Spill, others: Spill) -> bytes:
     """All entries of a file into the spills; a checksum of them in their order."""
-    order = hashlib.blake2b(digest_size=16)
+    # Two checksums, because files are read in blocks that end at different entries: of the detections in their
+    # order, and of the others with their places among them.
+    order, others_order = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
     for entries in _entries(side.path, len(side.keys)):
         columns = _columns(entries, side, keys)
         rows = np.zeros((len(columns), len(_COLUMNS)), np.int64)
@@ -153,12 +155,12 @@ def _read(side: _Side, number: int, keys: Sequence[str], detections: Spill, othe
         if len(sound) < len(entries):
             unsound = [place for place in range(len(entries)) if place not in sound]
             digests = [_digest(entries[place]) for place in unsound]
-            order.update(b"".join(digests))
             texts = np.frombuffer(b"".join(digests), np.int64).reshape(-1, 2)
             places = np.array(unsound, np.int64) + side.entry_count
             others.add(np.column_stack((np.full(len(texts), number), places, texts)))
+            others_order.update(np.column_stack((places, texts)).tobytes())
         side.entry_count += len(entries)
-    return order.digest()
+    return order.digest() + others_order.digest()
 
 
 def _columns(entries: list[Any], side: _Side, keys: Sequence[str]) -> EntryColumns:

@@ -70,6 +70,12 @@ def test_the_difference_is_that_of_multisets(
     assert report.same_order == ([*map(canonical, first)] == [*map(canonical, second)])
 
 
+def test_order_counts_among_detections_and_others(tmp_path: Path) -> None:
+    assert not diff(tmp_path, [GOOD, 17, 17], [17, 17, GOOD]).same_order
+    assert not diff(tmp_path, [GOOD, 17, 18], [GOOD, 18, 17]).same_order
+    assert diff(tmp_path, [GOOD, 17, GOOD], json.dumps([GOOD, 17, GOOD], indent=4)).same_order
+
+
 def test_empty_lists_are_equal(tmp_path: Path) -> None:
     report = diff(tmp_path, "[]", "[]")
     assert report.is_same and report.same_bytes and report.both == 0
