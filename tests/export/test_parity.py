@@ -123,8 +123,8 @@ def test_boxes_decoded_in_float16_are_found(network: Yolov5, weights: Path, monk
     monkeypatch.setattr(decode_module, "_decoded", in_half)
     with pytest.raises(GateError, match="not decoded in float32"):
         exporter.export_onnx(ExportOptions(weights=weights, graph=options), lambda _: None)
-    assert (weights.parent / "best.fp16.onnx.rejected").exists()
-    assert not (weights.parent / "best.fp16.onnx").exists()
+    assert (weights.parent / "best.decoded.fp16.onnx.rejected").exists()
+    assert not (weights.parent / "best.decoded.fp16.onnx").exists()
 
 
 def test_views_padded_with_128_are_found(network: Yolov5, monkeypatch: pytest.MonkeyPatch) -> None:
