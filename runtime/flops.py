@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from parkdet.runtime.backends.openvino import process_core
+
 if TYPE_CHECKING:
     import openvino
 
@@ -26,9 +28,7 @@ def count_flops(path: Path, shape: tuple[int, int, int]) -> int:
 
     `path`: an .onnx or OpenVINO .xml file. RuntimeError, as OpenVINO's, where it cannot be read.
     """
-    import openvino as ov
-
-    model = ov.Core().read_model(path)
+    model = process_core().read_model(path)
     model.reshape({model.input(0): [*shape, 3]})
     return sum(_flops(op) for op in model.get_ordered_ops())
 
@@ -51,8 +51,6 @@ def matrix_peak(precision: str, threads: int, seconds: float = 2.0) -> float:
 
     `precision`: fp32, bf16, or int8 with anything after it.
     """
-    import openvino as ov
-
     model = _one_convolution(int8=precision.startswith("int8"))
     settings: dict[str, Any] = {
         "INFERENCE_PRECISION_HINT": "bf16" if precision.endswith("bf16") else "f32",
@@ -60,7 +58,7 @@ def matrix_peak(precision: str, threads: int, seconds: float = 2.0) -> float:
         "INFERENCE_NUM_THREADS": threads,
         "ENABLE_CPU_PINNING": False,
     }
-    request = ov.Core().compile_model(model, "CPU", settings).create_infer_request()
+    request = process_core().compile_model(model, "CPU", settings).create_infer_request()
     image = np.random.default_rng(0).normal(0, 1, (1, _CHANNELS, _SIDE, _SIDE)).astype(np.float32)
     request.infer([image])
     best, end = math.inf, time.perf_counter() + seconds

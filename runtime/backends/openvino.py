@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
+from functools import cache
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -37,12 +38,7 @@ class OpenVinoBackend(GraphBackend):
     name = "openvino"
 
     def __init__(self, path: Path, options: BackendOptions) -> None:
-        import openvino as ov
-
-        self._core = ov.Core()
-        # The library's table of element types is made at its first use. Two threads that meet there wait for one
-        # another for ever, one holding Python's lock and the other the table's: so it is used here, by one.
-        ov.Type.u8.to_dtype()
+        self._core = process_core()
         self._model: openvino.Model | None = None
         if path.suffix.lower() == ".onnx":
             # Before OpenVINO sees it: on a damaged file its frontends print to the terminal in turn.
@@ -140,6 +136,30 @@ class OpenVinoBackend(GraphBackend):
         with self._lock:
             self._compiled.clear()
             self._model = None
+
+
+_core_lock = threading.Lock()
+
+
+def process_core() -> openvino.Core:
+    """The process's one `Core`, which lives as long as the process.
+
+    The CPU plugin gives the thread that loads it a stack for signals, and takes that away again in whatever thread
+    drops the last `Core`. Where these are two, the kernel kills the process at the first thread's next signal: Ctrl-C,
+    or the end of a child.
+    """
+    with _core_lock:
+        return _made_core()
+
+
+@cache
+def _made_core() -> openvino.Core:
+    import openvino as ov
+
+    # The library's table of element types is made at its first use. Two threads that meet there wait for one
+    # another for ever, one holding Python's lock and the other the table's: so it is used here, by one.
+    ov.Type.u8.to_dtype()
+    return ov.Core()
 
 
 def _precision(asked: Precision | None, preferred: str) -> Precision:

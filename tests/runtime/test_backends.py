@@ -309,6 +309,26 @@ def test_threads_keep_to_the_cpu_set_of_the_process(tiny_onnx: Path, name: str) 
     assert available_cpus() == len(os.sched_getaffinity(0))
 
 
+def test_a_backend_that_ends_in_another_thread_leaves_signals_working(tiny_onnx: Path) -> None:
+    """OpenVINO's plugin took the first thread's signal stack away with it, and the end of a child was the end."""
+    program = (
+        "import gc, signal, subprocess, sys, threading\n"
+        "import numpy as np\n"
+        "from parkdet.runtime.backends import open_backend\n"
+        "signal.signal(signal.SIGCHLD, lambda *_: None)\n"
+        "held = [open_backend(sys.argv[1], 'openvino')]\n"
+        "held[0].infer(np.zeros((1, 32, 32, 3), np.uint8))\n"
+        "def end():\n"
+        "    held.pop().close()\n"
+        "    gc.collect()\n"
+        "thread = threading.Thread(target=end)\n"
+        "thread.start()\n"
+        "thread.join()\n"
+        "subprocess.run([sys.executable, '-c', ''], check=True)\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tiny_onnx)], check=True)
+
+
 def test_no_backend_is_imported_before_it_is_used(tiny_onnx: Path) -> None:
     program = (
         "import sys\n"
