@@ -36,7 +36,10 @@ def backend_contender(path: Path, backend: str | None, precision: Literal["fp32"
     """A graph of raw heads in the runtime's own backend, computed in float32 or as the runtime would by itself."""
     with open_backend(path, backend, precision=precision) as opened:
         yield Contender(
-            f"{path.name.removeprefix('.')} on {opened.name}", opened.spec.precision, opened.infer, opened.spec
+            f"{path.name.removeprefix('.').replace('.pending', '')} on {opened.name}",
+            opened.spec.precision,
+            opened.infer,
+            opened.spec,
         )
 
 

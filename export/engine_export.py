@@ -117,5 +117,5 @@ def _engine_contender(path: Path, architectures: tuple[int, ...], engine: Engine
     if architecture not in architectures:
         return None
     backend = open_backend(path, device="0")
-    name = f"{path.name.removeprefix('.')} on {engine.flavour}"
+    name = f"{path.name.removeprefix('.').replace('.pending', '')} on {engine.flavour}"
     return Contender(name, backend.spec.precision, backend.infer, backend.spec)
