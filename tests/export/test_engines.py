@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -108,7 +109,16 @@ def test_every_kind_of_graph_builds(network: Yolov5) -> None:
         GraphOptions(batch=2, canvas_hw=(64, 96)),
     ):
         graph = build_graph(network, options)
-        engine = build_engine(trt, serialized(graph.model), "it", graph.spec, built, lambda _: None)
+        batch, *canvas = (
+            ShapeRange(low=side, best=side, high=side) if side else asked
+            for side, asked in zip(
+                (options.batch, *(options.canvas_hw or (None, None))),
+                (built.batch, built.canvas_height, built.canvas_width),
+                strict=True,
+            )
+        )
+        settings = dataclasses.replace(built, batch=batch, canvas_height=canvas[0], canvas_width=canvas[1])
+        engine = build_engine(trt, serialized(graph.model), "it", graph.spec, settings, lambda _: None)
         assert len(engine.plan) > 1000
         assert [t.name for t in engine.outputs] == [t.name for t in graph.spec.outputs]
 
