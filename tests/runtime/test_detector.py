@@ -108,11 +108,12 @@ def test_a_graph_of_fixed_size_takes_every_image(tiny_model: Any, tmp_path: Path
 def test_what_cannot_be_is_refused_with_the_remedy(
     tiny_onnx: Path, tmp_path: Path, random_tiny_model: Callable[..., Any]
 ) -> None:
-    with pytest.raises(UsageError, match="again with --tta"):
+    with pytest.raises(UsageError, match="export the checkpoint again with --tta"):
         Detector(tiny_onnx, tta=True)
     claims_views = random_tiny_model(tta=True).save(tmp_path / "views.onnx")
-    with pytest.raises(ArtifactError, match="2 levels in 3 test-time views, 4 raw heads"):
-        Detector(claims_views, tta=True)
+    for tta in (True, False):
+        with pytest.raises(ArtifactError, match="2 levels in 3 test-time views, 4 raw heads"):
+            Detector(claims_views, tta=tta)
     (tmp_path / "best.pt").touch()
     with pytest.raises(UsageError, match=r"parkdet export --weights .*best\.pt"):
         Detector(tmp_path / "best.pt")
