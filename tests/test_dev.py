@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from parkdet.cli.main import COMMANDS
+
 NEEDED_PROGRAMS = ("sh", "cat", "cksum", "cp", "mkdir", "chmod", "grep", "mv", "readlink", "rm", "sleep")
 
 STAND_IN = """#!/bin/sh
@@ -244,9 +246,15 @@ def test_what_each_word_starts(checkout: Checkout) -> None:
     checkout.run("demo")
     assert checkout.run("test", "-x")[1] == "-m pytest -m not slow and not bench and not gpu -x\n"
     assert checkout.run("test-gpu", "-x")[1] == "-m pytest -m gpu -x\n"
-    assert checkout.run("bench")[1] == "-m pytest -m bench -s\n"
+    assert checkout.run("benchmarks")[1] == "-m pytest -m bench -s\n"
     assert checkout.run("lint")[1] == "-m ruff check .\n-m ruff format --check .\n-m mypy\n"
     assert checkout.run("python", "-c", "print(6 * 7)")[1] == "42\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_word_of_its_own_hides_a_command_of_parkdet(checkout: Checkout, command: str) -> None:
+    checkout.run("doctor")
+    assert checkout.run(command, "--help")[1].endswith(f": {command} --help\n")
 
 
 def test_a_link_to_it_works(checkout: Checkout, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """`parkdet submit` against the reference's cut, ten times as many detections, and thresholds by class on images held
 back.
 
-Run with `./dev bench tests/submission/test_bench.py`. The reference's code is not part of this project: its cut is
+Run with `./dev benchmarks tests/submission/test_bench.py`. The reference's code is not part of this project: its cut is
 modelled here after its description. It starts at the confidence of the inference and raises it by 0.01 until the
 file is small enough; at every step it writes the whole list of dicts with `json.dump`.
 """

@@ -61,7 +61,7 @@ def test_a_side_that_overflows_is_refused() -> None:
 
 @pytest.mark.bench
 def test_how_often_a_grey_level_differs(simulation: Simulation) -> None:
-    """`./dev bench tests/gpu_free/kernels/test_letterbox.py`: random images of up to 140 pixels a side."""
+    """`./dev benchmarks tests/gpu_free/kernels/test_letterbox.py`: random images of up to 140 pixels a side."""
     random = np.random.default_rng(1)
     for name, larger in (("shrunk", False), ("enlarged", True)):
         images = values = differ = in_images = worst = 0
