@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -14,12 +15,16 @@ import numpy as np
 from parkdet.runtime.backends.base import FinishingBackend, Precision, open_backend, refuse_unfit_views
 from parkdet.runtime.canvas_choice import fit_letterbox
 from parkdet.runtime.detections import Detections
-from parkdet.runtime.errors import UsageError
+from parkdet.runtime.errors import DataError, UsageError
 from parkdet.runtime.geometry import ImageArray, Letterbox
 from parkdet.runtime.images import list_images, read_image
+from parkdet.runtime.loading import ahead
 from parkdet.runtime.model_spec import ModelSpec
 from parkdet.runtime.nms import NmsSettings
 from parkdet.runtime.post_processing import finish, post_process
+
+_READERS = 2
+"""Threads that read a folder's images while the model, which has all processors, works on the one before."""
 
 Picture = ImageArray | str | os.PathLike[str]
 """An image: BGR (h, w, 3) uint8 as OpenCV reads it, or the path of a file."""
@@ -81,24 +86,45 @@ class Detector:
         return self.batch([image])[0]
 
     def batch(self, images: Iterable[Picture]) -> list[Detections]:
-        """Detections of several images, each in its own pixels; images of one canvas size run together."""
+        """Detections of several images, each in its own pixels.
+
+        Images of one canvas size run together, as many at once as the backend gains by.
+        """
         pictures = [_pixels(image) for image in images]
         letterboxes = [fit_letterbox((image.shape[0], image.shape[1]), self.imgsz, self._backend) for image in pictures]
         groups: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
         for index, letterbox in enumerate(letterboxes):
             groups[letterbox.canvas_hw].append(index)
         found: dict[int, Detections] = {}
-        for indices in groups.values():
-            found.update(zip(indices, self._infer(indices, pictures, letterboxes), strict=True))
+        together = self._backend.fixed_input[0] or self._backend.worth_batching
+        for group in groups.values():
+            for start in range(0, len(group), together):
+                indices = group[start : start + together]
+                found.update(zip(indices, self._infer(indices, pictures, letterboxes), strict=True))
         return [found[index] for index in range(len(pictures))]
 
-    def folder(self, folder: str | os.PathLike[str]) -> Iterator[tuple[Path, Detections]]:
-        """The images directly in a folder, sorted by name, each with its detections.
+    def folder(
+        self, folder: str | os.PathLike[str], on_error: Callable[[Path, DataError], object] | None = None
+    ) -> Iterator[tuple[Path, Detections]]:
+        """The images directly in a folder, sorted by name, each with its detections; the next are read meanwhile.
 
-        UsageError at once when there are none; DataError at an image that cannot be read.
+        UsageError at once when there are none. An image that cannot be read ends the iteration with its DataError;
+        with `on_error` the path and the error go there instead, and the iteration goes on.
         """
         paths = list_images(folder)
-        return ((path, self(path)) for path in paths)
+        return self._each(paths, on_error)
+
+    def _each(
+        self, paths: Sequence[Path], on_error: Callable[[Path, DataError], object] | None
+    ) -> Iterator[tuple[Path, Detections]]:
+        with ThreadPoolExecutor(_READERS, "reader") as readers:
+            for path, image in ahead(readers, _read, iter(paths), _READERS + 1):
+                if not isinstance(image, DataError):
+                    yield path, self(image)
+                elif on_error is None:
+                    raise image
+                else:
+                    on_error(path, image)
 
     def close(self) -> None:
         """Give the model's memory back."""
@@ -116,14 +142,23 @@ class Detector:
         self.close()
 
     def _infer(self, indices: list[int], pictures: list[ImageArray], letterboxes: list[Letterbox]) -> list[Detections]:
+        backend = self._backend
         onto = [letterboxes[index] for index in indices]
-        if isinstance(self._backend, FinishingBackend):
-            on_canvas = self._backend.detect([pictures[index] for index in indices], onto, self.nms)
+        if isinstance(backend, FinishingBackend):
+            on_canvas = backend.detect([pictures[index] for index in indices], onto, self.nms)
             done = [finish(*one, letterbox) for one, letterbox in zip(on_canvas, onto, strict=True)]
         else:
             canvases = np.stack([letterboxes[index].apply(pictures[index]) for index in indices])
-            done = post_process(self._backend.infer(canvases), self.spec, self.nms, onto)
+            done = post_process(backend.infer(canvases), self.spec, self.nms, onto)
         return [image.detections for image in done]
+
+
+def _read(path: Path) -> tuple[Path, ImageArray | DataError]:
+    """An image of a folder, or why it cannot be read."""
+    try:
+        return path, read_image(path)
+    except DataError as error:
+        return path, error
 
 
 def _pixels(image: Picture) -> ImageArray:

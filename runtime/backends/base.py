@@ -98,6 +98,8 @@ class GraphBackend(ABC):
     name: str
     parallel = 1
     precision = "fp32"
+    worth_batching = 1
+    """Canvases that a caller with many should give at once: on a CPU a batch costs what its images cost one by one."""
 
     def __init__(self, path: Path, spec: ModelSpec, inputs: list[TensorSpec], outputs: list[TensorSpec]) -> None:
         check_graph(path, spec, inputs, outputs)

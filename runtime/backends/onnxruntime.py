@@ -19,6 +19,7 @@ CUDA_PROVIDER = "CUDAExecutionProvider"
 TENSORRT_PROVIDER = "TensorrtExecutionProvider"
 
 _ERRORS_ONLY = 3
+_GPU_BATCH = 8
 
 _DTYPES = {"tensor(uint8)": "uint8", "tensor(float)": "float32", "tensor(float16)": "float16"}
 
@@ -71,6 +72,8 @@ class OnnxRuntimeBackend(GraphBackend):
         wanted = heads_to_compute(spec, options.views)
         self._outputs = [tensor.name for tensor in session.get_outputs()][:wanted]
         self._session: Any = session
+        if provider != CPU_PROVIDER:
+            self.worth_batching = _GPU_BATCH
 
     def _run(self, images: ImageArray) -> list[NDArray[np.floating[Any]]]:
         heads: list[NDArray[np.floating[Any]]] = self._session.run(self._outputs, {self._input: images})

@@ -109,6 +109,7 @@ class TensorRtBackend(GraphBackend):
             self._release()
             raise
         self.precision = spec.precision
+        self.worth_batching = max(engine.most_batch for engine in self._engines)
         fixed = [engine.canvas_hw for engine in self._engines if engine.canvas_hw is not None]
         self.canvases = tuple(sorted(fixed)) if len(fixed) == len(self._engines) else ()
         if len(self._engines) > 1:

@@ -76,6 +76,45 @@ def test_paths_arrays_batches_and_folders_agree(tiny_onnx: Path, picture: Pictur
                 _same(one, other)
 
 
+def test_an_unreadable_image_of_a_folder_ends_the_iteration_or_is_told(
+    tiny_onnx: Path, picture: Picture, tmp_path: Path
+) -> None:
+    for name in ("a.png", "c.png"):
+        cv2.imwrite(str(tmp_path / name), picture(60, 90))
+    (tmp_path / "b.png").write_bytes(b"no image")
+    told: list[tuple[str, str]] = []
+    with Detector(tiny_onnx, conf=0.05) as detector:
+        whole = list(detector.folder(tmp_path, on_error=lambda path, error: told.append((path.name, str(error)))))
+        assert [path.name for path, _ in whole] == ["a.png", "c.png"]
+        assert [name for name, _ in told] == ["b.png"]
+        assert str(tmp_path / "b.png") in told[0][1]
+        seen = []
+        with pytest.raises(DataError, match=r"b\.png"):
+            for path, _ in detector.folder(tmp_path):
+                seen.append(path.name)
+        assert seen == ["a.png"]
+
+
+def test_a_cpu_runs_images_one_by_one_and_a_fixed_batch_is_filled(
+    tiny_model: Any, tiny_onnx: Path, tmp_path: Path, picture: Picture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each size of batch would be compiled anew, and a thousand images would be in memory as one batch."""
+    runs: list[int] = []
+    for path, expected in ((tiny_onnx, [1] * 5), (tiny_model.save(tmp_path / "b.onnx", fixed=(2, 64, 96)), [2, 2, 1])):
+        with Detector(path, conf=0.05) as detector:
+            backend = detector._backend
+            infer = backend.infer
+
+            def recorded(canvases: ImageArray, infer: Any = infer) -> Any:
+                runs.append(len(canvases))
+                return infer(canvases)
+
+            runs.clear()
+            monkeypatch.setattr(backend, "infer", recorded)
+            assert len(detector.batch([picture(60, 90, seed) for seed in range(5)])) == 5
+        assert runs == expected
+
+
 def test_settings_reach_the_suppression(tiny_onnx: Path, picture: Picture) -> None:
     image = picture(80, 80)
     counts = {}
