@@ -16,8 +16,13 @@ MAX_PIXELS = 500_000_000
 """Width times height above which an image is refused before it is decoded: 1.5 GB as BGR."""
 
 
-def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> ImageArray:
+def read_image(
+    path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS, least_hw: tuple[int, int] | None = None
+) -> ImageArray:
     """Decode one file to BGR (h, w, 3) uint8 as `cv2.imread(path, cv2.IMREAD_COLOR)` does.
+
+    With `least_hw` a JPEG is decoded at 1/2, 1/4 or 1/8 of its sides, rounded up, the smallest at which neither falls
+    below these: the decoder then averages its pixels for less than they would cost.
 
     The EXIF orientation is applied; grey, palette and CMYK images become BGR, alpha is dropped, 16 bits a
     channel become 8. DataError names the file and the reason: missing, zero bytes, not an image, cut off,
@@ -38,8 +43,16 @@ def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Im
         encoded = np.fromfile(path, np.uint8)
     except OSError as error:
         raise DataError(f"{os.fspath(path)}: cannot be read ({error.strerror or error})") from error
+    mode = cv2.IMREAD_COLOR
+    if least_hw is not None and header.format == "JPEG":
+        mode = {
+            1: cv2.IMREAD_COLOR,
+            2: cv2.IMREAD_REDUCED_COLOR_2,
+            4: cv2.IMREAD_REDUCED_COLOR_4,
+            8: cv2.IMREAD_REDUCED_COLOR_8,
+        }[reduction((header.height, header.width), least_hw)]
     try:
-        image = cv2.imdecode(encoded, cv2.IMREAD_COLOR)
+        image = cv2.imdecode(encoded, mode)
     except (cv2.error, MemoryError) as error:
         reason = "out of memory" if isinstance(error, MemoryError) else error.err or error.func
         raise DataError(f"{os.fspath(path)}: cannot be decoded ({reason})") from error
@@ -48,6 +61,14 @@ def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Im
             f"{os.fspath(path)}: is damaged, its {header.format} data cannot be decoded; get the file again"
         )
     return np.asarray(image, np.uint8)
+
+
+def reduction(image_hw: tuple[int, int], least_hw: tuple[int, int]) -> int:
+    """8, 4, 2 or 1: the largest part of an image's sides, rounded up, at which neither falls below `least_hw`."""
+    for part in (8, 4, 2):
+        if all(-(-side // part) >= least for side, least in zip(image_hw, least_hw, strict=True)):
+            return part
+    return 1
 
 
 def list_images(source: str | os.PathLike[str]) -> list[Path]:

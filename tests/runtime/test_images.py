@@ -18,7 +18,7 @@ from PIL import Image
 
 from parkdet.runtime.errors import DataError, UsageError
 from parkdet.runtime.geometry import ImageArray
-from parkdet.runtime.images import list_images, read_image
+from parkdet.runtime.images import list_images, read_image, reduction
 
 Picture = Callable[..., ImageArray]
 
@@ -142,3 +142,49 @@ def test_decoders_do_not_write_to_the_terminal_and_everything_else_does(tmp_path
     loud = program.replace("with quiet_decoders():", "if True:")
     done = subprocess.run([sys.executable, "-c", loud], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "libpng" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("image_hw", "least_hw", "part"),
+    [
+        ((1080, 1920), (360, 640), 2),
+        ((1080, 1920), (720, 1280), 1),
+        ((1080, 1920), (540, 960), 2),
+        ((1080, 1920), (541, 960), 1),
+        ((750, 1000), (120, 160), 4),
+        ((540, 960), (45, 80), 8),
+        ((481, 641), (241, 321), 2),  # halves are rounded up
+        ((481, 641), (242, 321), 1),
+        ((480, 640), (480, 640), 1),
+        ((100, 100), (640, 640), 1),
+        ((1, 999), (1, 100), 8),
+    ],
+)
+def test_a_jpeg_is_decoded_smaller_only_where_enough_is_left(
+    tmp_path: Path, picture: Picture, image_hw: tuple[int, int], least_hw: tuple[int, int], part: int
+) -> None:
+    assert reduction(image_hw, least_hw) == part
+    pixels = picture(*image_hw)
+    jpeg, png = tmp_path / "image.jpg", tmp_path / "image.png"
+    Image.fromarray(pixels).save(jpeg, quality=95)
+    assert read_image(jpeg, least_hw=least_hw).shape == (-(-image_hw[0] // part), -(-image_hw[1] // part), 3)
+    Image.fromarray(pixels).save(png)
+    assert read_image(png, least_hw=least_hw).shape == pixels.shape
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_jpeg_decoded_smaller_is_the_average_of_its_pixels(
+    tmp_path: Path, picture: Picture, mode: str, orientation: int
+) -> None:
+    path = tmp_path / "image.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(picture(96, 160)).convert(mode).save(path, quality=95, subsampling=0, exif=exif)
+    whole = read_image(path)
+    for part in (2, 4, 8):
+        least_hw = (whole.shape[0] // part, whole.shape[1] // part)
+        averages = whole.reshape(least_hw[0], part, least_hw[1], part, 3).mean(axis=(1, 3))
+        difference = np.abs(read_image(path, least_hw=least_hw) - averages)
+        # Blocks are cut off at other frequencies than an average's, and rounded.
+        assert difference.mean() < 2

@@ -103,9 +103,10 @@ def test_an_epoch_without_mosaics_shows_whole_images(tmp_path: Path) -> None:
     assert not torch.equal(next(made.epoch(2)).images, next(made.epoch(2, mosaics=False)).images)
 
 
-def test_the_number_of_workers_changes_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("window", [0, 4])
+def test_the_number_of_workers_changes_nothing(tmp_path: Path, window: int) -> None:
     samples = make_samples(tmp_path, 11)
-    settings = AugmentSettings(mixup=0.5, degrees=10.0, perspective=0.0005)
+    settings = AugmentSettings(mixup=0.5, degrees=10.0, perspective=0.0005, mosaic_window=window)
     runs = []
     plans: list[tuple[int, CacheMode]] = [(0, "none"), (1, "ram"), (2, "none")]
     for workers, cache in plans:
@@ -120,10 +121,11 @@ def test_the_number_of_workers_changes_nothing(tmp_path: Path) -> None:
     assert not torch.equal(runs[0][0][0].images, changed.images)
 
 
-def test_an_epoch_continues_where_it_was_left(tmp_path: Path) -> None:
-    samples = make_samples(tmp_path, 11)
-    whole = list(loader(samples).epoch(5))
-    source = loader(samples, workers=1)
+@pytest.mark.parametrize("window", [0, 4])
+def test_an_epoch_continues_where_it_was_left(tmp_path: Path, window: int) -> None:
+    samples, settings = make_samples(tmp_path, 11), AugmentSettings(mosaic_window=window)
+    whole = list(loader(samples, settings=settings).epoch(5))
+    source = loader(samples, settings=settings, workers=1)
     try:
         begun = source.epoch(5)
         next(begun)  # left open in the middle, with batches in flight
@@ -219,23 +221,6 @@ def test_the_cache_holds_the_images_at_their_size(tmp_path: Path) -> None:
         sample.path.with_suffix(".moved").rename(sample.path)
     for index in range(3):
         np.testing.assert_array_equal(cached.image(index), read.image(index))
-
-
-def test_images_used_lately_are_not_decoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    samples = make_samples(tmp_path, 3)
-    size = 24 * 32 * 3
-    monkeypatch.setattr(image_store, "RECENT_BYTES", 2 * size)
-    store, decoded = ImageStore(samples, 32), list[int]()
-    read = store._read
-
-    def reading(index: int) -> Any:
-        decoded.append(index)
-        return read(index)
-
-    monkeypatch.setattr(store, "_read", reading)
-    for index in (0, 1, 0, 2, 0, 1):  # 2 takes the place of 1, 1 that of 2
-        np.testing.assert_array_equal(store.image(index), read(index))
-    assert decoded == [0, 1, 2, 1]
 
 
 def test_a_cache_that_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from parkdet.train.data.sampling import (
     batch_count,
     batches,
     class_weights,
+    companion_places,
     epoch_indices,
     image_weights,
     replacement_index,
@@ -116,6 +117,48 @@ def test_companions_come_from_the_epochs_own_list() -> None:
     counts = np.bincount(companions.ravel(), minlength=9)
     assert counts.sum() == counts[3] + counts[8]
     assert chi_square(counts[[3, 8]], np.array([14_000.0, 7_000.0])) < 10.83  # 1 degree of freedom
+
+
+def test_companions_of_a_window_are_the_last_places_each_as_often() -> None:
+    count, window, epochs = 60, 12, 400
+    back = np.empty((epochs, count, COMPANIONS), np.int64)
+    served = np.zeros(count, np.int64)
+    for epoch in range(epochs):
+        places = companion_places(count, count, window, np.random.default_rng(epoch))
+        assert places.min() >= 0
+        served += np.bincount(places.ravel(), minlength=count)
+        for place in range(count):
+            # By counting back, from the front on to the end.
+            backwards = [(place - step) % count for step in range(window)]
+            back[epoch, place] = [backwards.index(other) for other in places[place]]
+    draws = epochs * COMPANIONS
+    # 99.9 % at 11 and at 59 degrees of freedom
+    assert chi_square(np.bincount(back.ravel(), minlength=window), np.full(window, draws * count / window)) < 31.3
+    assert chi_square(served, np.full(count, float(draws))) < 98.3
+    for place in (0, 5, 11, 12, 59):  # at the front as in the middle
+        counts = np.bincount(back[:, place].ravel(), minlength=window)
+        assert chi_square(counts, np.full(window, draws / window)) < 31.3
+
+
+def test_a_window_as_long_as_the_epoch_is_all_of_it() -> None:
+    whole = companion_places(9, 12, 0, np.random.default_rng(1))
+    for window in (9, 10, 1000):
+        np.testing.assert_array_equal(companion_places(9, 12, window, np.random.default_rng(1)), whole)
+    assert set(whole.ravel()) == set(range(9))
+    assert (companion_places(9, 12, 1, np.random.default_rng(1)) == (np.arange(12) % 9)[:, None]).all()
+
+
+def test_an_epoch_with_a_window_resumes_anywhere_and_is_shared_by_processes() -> None:
+    indices = epoch_indices(23, 1, 4)
+    plan = list(batches(indices, 4, seed=1, epoch=4, window=6))
+    for start in range(7):
+        assert list(batches(indices, 4, seed=1, epoch=4, window=6, start_batch=start)) == plan[start:]
+    place = {int(index): number for number, index in enumerate(indices)}
+    for request in flat(plan):
+        assert all((request.position - place[other]) % 23 < 6 for other in request.companions)
+    shares = [flat(batches(indices, 2, seed=1, epoch=4, window=6, rank=rank, world=2)) for rank in (0, 1)]
+    by_place = {request.position: request for share in shares for request in share}
+    assert [by_place[request.position] for request in flat(plan)] == flat(plan)
 
 
 @pytest.mark.parametrize(("count", "batch", "world"), [(23, 4, 2), (24, 4, 2), (5, 8, 4), (1, 2, 3), (30, 3, 3)])

@@ -22,6 +22,10 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "parkdet" / "images"
 
 
+_SCALING = 2
+"""Number of the way in which images are scaled down: pixels made in another way have other names."""
+
+
 class DiskCache:
     """Pixels (h, w, 3) by the file they come from, its size and time of change, and the size they are scaled to.
 
@@ -83,6 +87,6 @@ class DiskCache:
     def _path(self, source: Path, resized_hw: tuple[int, int]) -> Path:
         """OSError where `source` is not there."""
         status = source.stat()
-        about = f"{source.resolve()}|{status.st_size}|{status.st_mtime_ns}|{resized_hw[0]}x{resized_hw[1]}"
+        about = f"{source.resolve()}|{status.st_size}|{status.st_mtime_ns}|{resized_hw[0]}x{resized_hw[1]}|{_SCALING}"
         name = hashlib.sha256(about.encode("utf-8", "surrogateescape")).hexdigest()
         return self.folder / name[:2] / f"{name[2:34]}.bgr"

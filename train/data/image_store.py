@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
-from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,16 +14,19 @@ import numpy as np
 
 from parkdet.runtime.errors import DataError, UsageError
 from parkdet.runtime.geometry import ImageArray, Letterbox
-from parkdet.runtime.images import read_image
+from parkdet.runtime.images import read_image, reduction
 from parkdet.train.data.augment import Tile, to_long_side
 from parkdet.train.data.disk_cache import DiskCache, default_cache_dir
+from parkdet.train.data.recent_images import RecentImages
 from parkdet.train.data.samples import Sample
 
 log = logging.getLogger(__name__)
 
-RECENT_BYTES = 256_000_000
-"""Scaled images that every process keeps after their use, in case they are soon wanted again; less where the memory
-that is available is under 64 times that."""
+RECENT_BYTES = 2_000_000_000
+"""The most that images kept after their use take, for all workers together; less where a quarter of the memory that is
+available is less."""
+RECENT_WINDOWS = 1.25
+"""Images kept, in mosaic windows: those of a window, and what else comes in while it is needed."""
 
 CacheMode = Literal["none", "ram", "disk"]
 
@@ -52,10 +55,17 @@ class ImageStore:
     With `cache="ram"` all images are decoded at once into one buffer, which workers forked later share.
     UsageError when that would take more than half of the memory that is available. With `cache="disk"` an image is
     written as it is scaled when it is first used, and read from there afterwards, by later runs too.
+
+    Otherwise the images used lately are kept, those of somewhat more than a mosaic `window` (0: as many as may be).
     """
 
     def __init__(
-        self, samples: Sequence[Sample], imgsz: int, cache: CacheMode = "none", cache_dir: Path | None = None
+        self,
+        samples: Sequence[Sample],
+        imgsz: int,
+        cache: CacheMode = "none",
+        cache_dir: Path | None = None,
+        window: int = 0,
     ) -> None:
         self._samples = samples
         self._boxes = [Letterbox.fit(sample.image_hw, imgsz, 1, canvas=(imgsz, imgsz)) for sample in samples]
@@ -66,8 +76,7 @@ class ImageStore:
             )
         )
         self._cached: ImageArray | None = None
-        self._recent: OrderedDict[int, ImageArray] = OrderedDict()
-        self._recent_room = min(RECENT_BYTES, available_memory() // 64)
+        self._recent: RecentImages | None = None
         self.unreadable: dict[int, str] = {}
         """What was found wrong while the cache was filled, by index."""
         self._disk: DiskCache | None = None
@@ -80,6 +89,8 @@ class ImageStore:
                 (sample.path, box.resized_hw, size)
                 for sample, box, size in zip(samples, self._boxes, sizes, strict=True)
             )
+        if cache != "ram":
+            self._recent = self._room_for_recent(window)
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -97,19 +108,33 @@ class ImageStore:
         return Tile(box.resized_hw, sample.class_ids, xyxy, lambda: self.image(index))
 
     def image(self, index: int) -> ImageArray:
-        """The scaled image (h, w, 3) BGR, not to be written to. UnreadableImageError when there is none."""
+        """The scaled image (h, w, 3) BGR, not to be written to, and valid until `release`.
+
+        UnreadableImageError when there is none.
+        """
         if index in self.unreadable:
             raise UnreadableImageError(index, self.unreadable[index])
         if self._cached is not None:
             return self._slot(self._cached, index)
-        image = self._recent.pop(index, None)
+        if self._recent is None:
+            return self._read(index)
+        image = self._recent.get(index, self._boxes[index].resized_hw)
         if image is None:
             image = self._read(index)
-            self._recent_room -= image.nbytes
-        self._recent[index] = image
-        while self._recent_room < 0:
-            self._recent_room += self._recent.popitem(last=False)[1].nbytes
+            self._recent.put(index, image)
         return image
+
+    def release(self) -> None:
+        """The images that this process got from `image` are no longer looked at."""
+        if self._recent is not None:
+            self._recent.release()
+
+    def _room_for_recent(self, window: int) -> RecentImages | None:
+        """Room for the images of a window, or for as many as the memory allows; None where it holds none."""
+        largest = int(np.diff(self._offsets).max())
+        slots = min(RECENT_BYTES, available_memory() // 4) // largest
+        slots = min(slots, math.ceil(window * RECENT_WINDOWS) or slots, len(self))
+        return RecentImages(len(self), slots, largest) if slots else None
 
     def _slot(self, buffer: ImageArray, index: int) -> ImageArray:
         pixels = buffer[self._offsets[index] : self._offsets[index + 1]]
@@ -126,19 +151,20 @@ class ImageStore:
         return kept
 
     def _decoded(self, index: int) -> ImageArray:
-        sample = self._samples[index]
+        sample, resized_hw = self._samples[index], self._boxes[index].resized_hw
         try:
-            image = read_image(sample.path)
+            image = read_image(sample.path, least_hw=resized_hw)
+            part = reduction(sample.image_hw, resized_hw)
+            if image.shape[:2] not in (sample.image_hw, tuple(-(-side // part) for side in sample.image_hw)):
+                found_h, found_w = read_image(sample.path).shape[:2]
+                height, width = sample.image_hw
+                raise DataError(
+                    f"{sample.path}: it decodes to {found_w} x {found_h} pixels, its boxes are for "
+                    f"{width} x {height}; run 'parkdet prepare' to have the data set checked"
+                )
         except DataError as error:
             raise UnreadableImageError(index, str(error)) from error
-        if image.shape[:2] != sample.image_hw:
-            (height, width), (found_h, found_w) = sample.image_hw, image.shape[:2]
-            raise UnreadableImageError(
-                index,
-                f"{sample.path}: it decodes to {found_w} x {found_h} pixels, its boxes are for "
-                f"{width} x {height}; run 'parkdet prepare' to have the data set checked",
-            )
-        return to_long_side(image, self._boxes[index].resized_hw)
+        return to_long_side(image, resized_hw)
 
     def _fill(self) -> None:
         available = available_memory()

@@ -94,7 +94,7 @@ class TrainingSet(Dataset[TrainingBatch]):
         self.settings = settings
         self.settings_of_whole_images = settings.model_copy(update={"mosaic": 0.0})
         self.seed = seed
-        self.store = ImageStore(self.samples, imgsz, cache, cache_dir)
+        self.store = ImageStore(self.samples, imgsz, cache, cache_dir, settings.mosaic_window)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -145,6 +145,8 @@ class TrainingSet(Dataset[TrainingBatch]):
                 unreadable[str(self.samples[error.index].path)] = error.message
                 other = replacement_index(self.seed, request, attempt, len(self))
                 indices = tuple(other if index == error.index else index for index in indices)
+            finally:
+                self.store.release()
         reasons = "\n".join(list(unreadable.values())[:3])
         raise DataError(
             f"{MAX_REPLACEMENTS + 1} images in a row could not be used; run 'parkdet prepare --decode'. "
@@ -235,6 +237,7 @@ class TrainingLoader:
                 self.batch_size,
                 seed=seed,
                 epoch=epoch,
+                window=self.dataset.settings.mosaic_window,
                 start_batch=start_batch,
                 rank=self.rank,
                 world=self.world,

@@ -30,7 +30,8 @@ class SampleRequest:
     index: int
     """Which sample of the set."""
     companions: tuple[int, ...]
-    """The `COMPANIONS` other samples, drawn from the epoch's index list: image weights hold for them too."""
+    """The `COMPANIONS` other samples, drawn from the epoch's index list: image weights hold for them too. Its own
+    image may be among them."""
     mosaic: bool = True
     """Whether the settings' mosaics apply; if not, the canvas shows its own image alone."""
     canvas_hw: tuple[int, int] | None = None
@@ -140,12 +141,24 @@ def batch_count(count: int, batch_size: int, *, world: int = 1) -> int:
     return -(-count // (batch_size * world))
 
 
+def companion_places(count: int, places: int, window: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Where in an epoch's list of `count` each of so many places finds its companions: (places, COMPANIONS).
+
+    Uniformly among the last `window` places, up to its own; before the list's front comes its end, so that every
+    place serves as often as another. A window of 0, or as long as the list, is all of it.
+    """
+    reach = min(window, count) or count
+    back = rng.integers(reach, size=(places, COMPANIONS))
+    return back if reach == count else (np.arange(places)[:, None] - back) % count
+
+
 def batches(
     indices: NDArray[np.int64],
     batch_size: int,
     *,
     seed: int,
     epoch: int,
+    window: int = 0,
     start_batch: int = 0,
     rank: int = 0,
     world: int = 1,
@@ -156,13 +169,13 @@ def batches(
 
     The batches of all processes at one step make up the batch of one process with `batch_size * world`. The
     list is filled from its front until the processes share it evenly, so that none waits for the others.
-    `canvas_of` gives the canvas for the samples of a batch of all processes.
+    `window` is that of `companion_places`; `canvas_of` gives the canvas for the samples of a batch of all processes.
     """
     if batch_size < 1 or not 0 <= rank < world:
         raise ValueError(f"no batches of {batch_size} for process {rank} of {world}")
     padded = np.resize(indices, -(-len(indices) // world) * world)
     rng = _generator(seed, _COMPANIONS, epoch)
-    companions = indices[rng.integers(len(indices), size=(len(padded), COMPANIONS))]
+    companions = indices[companion_places(len(indices), len(padded), window, rng)]
     step = batch_size * world
     for start in range(start_batch * step, len(padded), step):
         share = (min(start + step, len(padded)) - start) // world
