@@ -21,6 +21,8 @@ from parkdet.runtime.images import read_image
 from parkdet.runtime.model_spec import ModelSpec
 
 GATE_IMAGES = 32
+DRAWN_IMAGES = 12
+"""They show a wrong graph, and a few do; how much a precision costs only real images tell."""
 
 Labels = tuple[FloatArray, NDArray[np.int64]]
 """Boxes (M, 4) xyxy and class ids (M,) of one image."""
@@ -150,7 +152,7 @@ def canvases_of_data(data: Path, spec: ModelSpec) -> DataCanvases:
 
 
 def generated_canvases(
-    spec: ModelSpec, canvas_hw: tuple[int, int] | None, count: int = GATE_IMAGES
+    spec: ModelSpec, canvas_hw: tuple[int, int] | None, count: int = DRAWN_IMAGES
 ) -> list[ImageArray]:
     """Drawn canvases for when there are no images: overlapping gradients of many sizes and colours."""
     rng = np.random.default_rng(0)

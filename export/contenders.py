@@ -7,23 +7,26 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from parkdet.export.graph import Graph, head_weights, serialized
+from parkdet.export.graph import Graph, GraphFile, head_weights, serialized
 from parkdet.export.matching import FLOOR, Outputs
 from parkdet.export.parity import Contender, Infer
 from parkdet.export.plugin_node import candidates_by_attributes, without_plugin
 from parkdet.export.precision import raw_head_names
-from parkdet.runtime.backends.base import open_backend
+from parkdet.runtime.backends.base import Precision, available_cpus, open_backend
 from parkdet.runtime.geometry import FloatArray, ImageArray
 from parkdet.runtime.heads import Candidates, decode_heads
 from parkdet.train.model.layers import Bottleneck, Conv, Detect
 from parkdet.train.model.network import Yolov5
 from parkdet.train.model.tta import view_heads
+
+if TYPE_CHECKING:
+    import onnx
 
 _WIDER = "ONNX Runtime's CPU provider may compute FP16 operators in wider types: this is not the engine's figure"
 _AS_ENGINE = (
@@ -32,49 +35,61 @@ _AS_ENGINE = (
 
 
 @contextmanager
-def backend_contender(path: Path, backend: str | None, precision: Literal["fp32"] | None) -> Iterator[Contender]:
-    """A graph of raw heads in the runtime's own backend, computed in float32 or as the runtime would by itself."""
+def backend_contender(
+    path: Path, name: str, backend: str | None, precision: Precision | None, refuses: bool = True
+) -> Iterator[Contender]:
+    """A graph of raw heads in the runtime's own backend, computed as asked or as the runtime would by itself."""
     with open_backend(path, backend, precision=precision) as opened:
-        yield Contender(
-            f"{path.name.removeprefix('.').replace('.pending', '')} on {opened.name}",
-            opened.spec.precision,
-            opened.infer,
-            opened.spec,
-        )
+        key = "bf16" if precision == "bf16" else opened.spec.precision
+        computed = f" in {opened.precision}" if opened.precision != key or precision == "bf16" else ""
+        yield Contender(f"{name} on {opened.name}{computed}", key, opened.infer, opened.spec, refuses=refuses)
 
 
-def session_contender(network: Yolov5, graph: Graph, name: str) -> Contender:
+def runs_in_bf16() -> bool:
+    """Whether the runtime's default on this processor is bf16."""
+    from parkdet.runtime.backends.openvino import default_precision
+
+    return default_precision() == "bf16"
+
+
+@contextmanager
+def session_contender(network: Yolov5, graph: Graph | GraphFile, name: str) -> Iterator[Contender]:
     """Any graph in ONNX Runtime: other inputs, other heads, FP16, the plugin's inputs with its node interpreted."""
     spec = graph.spec
+    wider = _WIDER if spec.precision == "fp16" else ""
+    name = f"{name} on onnxruntime"
     if spec.head == "decoded":
-        note = _WIDER if spec.precision == "fp16" else ""
         infer, error = _decoded_infer(network, graph)
-        return Contender(f"{name} on onnxruntime", spec.precision, infer, spec, note, decode_error=error)
-    if spec.head != "plugin":
-        note = _WIDER if spec.precision == "fp16" else ""
-        return Contender(f"{name} on onnxruntime", spec.precision, session_infer(graph), spec, note)
-    model, node = without_plugin(graph.model)
-    raw = dataclasses.replace(spec, head="raw")
+        yield Contender(name, spec.precision, infer, spec, wider, decode_error=error)
+    elif spec.head == "plugin":
+        model, node = without_plugin(_model(graph))
+        raw = dataclasses.replace(spec, head="raw")
 
-    def decode(outputs: Outputs) -> list[Candidates]:
-        return candidates_by_attributes(node, list(outputs), FLOOR)
+        def decode(outputs: Outputs) -> list[Candidates]:
+            return candidates_by_attributes(node, list(outputs), FLOOR)
 
-    note = "the plugin's inputs, decoded by its node's attributes"
-    note = f"{note}; {_WIDER}" if spec.precision == "fp16" else note
-    infer = session_infer(Graph(model, raw))
-    return Contender(f"{name} on onnxruntime", spec.precision, infer, raw, note, decode=decode)
+        note = "; ".join(filter(None, ("the plugin's inputs, decoded by its node's attributes", wider)))
+        yield Contender(name, spec.precision, session_infer(Graph(model, raw)), raw, note, decode=decode)
+    else:
+        yield Contender(name, spec.precision, session_infer(graph), spec, wider)
 
 
-def _decoded_infer(network: Yolov5, graph: Graph) -> tuple[Infer, Callable[[], float]]:
+def _model(graph: Graph | GraphFile) -> onnx.ModelProto:
+    import onnx
+
+    return graph.model if isinstance(graph, Graph) else onnx.load(graph.path)
+
+
+def _decoded_infer(network: Yolov5, graph: Graph | GraphFile) -> tuple[Infer, Callable[[], float]]:
     """A graph of decoded boxes, and how far in pixels they were from its own raw heads decoded in float32.
 
     Boxes decoded in float16 may overlap their partners well enough on a small canvas; here they show on any.
     """
     import onnx
 
-    names = raw_head_names(graph.model, head_weights(network))
     tapped = onnx.ModelProto()
-    tapped.CopyFrom(graph.model)
+    tapped.CopyFrom(_model(graph))
+    names = raw_head_names(tapped, head_weights(network))
     kind = onnx.TensorProto.FLOAT16 if graph.spec.precision == "fp16" else onnx.TensorProto.FLOAT
     tapped.graph.output.extend(onnx.helper.make_tensor_value_info(name, kind, None) for name in names)
     spec = dataclasses.replace(network.spec, tta=graph.spec.tta)
@@ -94,11 +109,14 @@ def _decoded_infer(network: Yolov5, graph: Graph) -> tuple[Infer, Callable[[], f
     return infer, lambda: worst
 
 
-def session_infer(graph: Graph) -> Infer:
+def session_infer(graph: Graph | GraphFile) -> Infer:
     """A graph in ONNX Runtime, fed as its spec says: uint8 canvases or float RGB, a fixed batch filled up."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(serialized(graph.model), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = available_cpus()
+    source = serialized(graph.model) if isinstance(graph, Graph) else str(graph.path)
+    session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     fixed = graph.spec.inputs[0].shape[0]
     name = graph.spec.inputs[0].name
 
@@ -122,14 +140,12 @@ def session_infer(graph: Graph) -> Infer:
     return infer
 
 
-def half_contender(network: Yolov5, tta: bool) -> tuple[Contender, list[str]]:
-    """FP16 as a GPU computes it, emulated: what ONNX Runtime's figure cannot show.
-
-    The list is filled while it runs: blocks whose output went beyond float16, the first one of each run.
-    """
+@contextmanager
+def half_contender(network: Yolov5, tta: bool) -> Iterator[Contender]:
+    """FP16 as a GPU computes it, emulated: what ONNX Runtime's figure cannot show."""
     spec = dataclasses.replace(network.spec, tta=tta, precision="fp16")
     infer, overflowed = half_infer(network, tta)
-    return Contender("FP16 emulated", "fp16", infer, spec, _AS_ENGINE), overflowed
+    yield Contender("FP16 emulated", "fp16", infer, spec, _AS_ENGINE, overflowed=lambda: overflowed)
 
 
 def half_infer(network: Yolov5, tta: bool) -> tuple[Infer, list[str]]:

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from parkdet.export.config import EngineOptions, ExportOptions
+from parkdet.export.contenders import backend_contender
 from parkdet.export.engine import (
     EngineJob,
     Gpu,
@@ -16,13 +17,11 @@ from parkdet.export.engine import (
     write_engine,
 )
 from parkdet.export.exporter import ExportJob, export_graph, prepared, prove, settle
-from parkdet.export.graph import Graph, serialized
-from parkdet.export.parity import Contender
 from parkdet.export.tensorrt_build import BuildSettings, Say, load_bindings
 from parkdet.runtime import engine_sidecar
-from parkdet.runtime.backends.base import open_backend
 from parkdet.runtime.engine_sidecar import ShapeRange, architecture_of
 from parkdet.runtime.errors import ParkdetError, UsageError
+from parkdet.runtime.model_spec import ModelSpec
 
 
 def export_engines(options: ExportOptions, say: Say) -> list[Path]:
@@ -34,12 +33,12 @@ def export_engines(options: ExportOptions, say: Say) -> list[Path]:
     groups = targets(engine.flavour, engine.architectures, trt)
     gpu = local_gpu(engine.architectures) if engine.flavour == "tensorrt" else None
     job = prepared(options, say)
-    path, graph = export_graph(job, say)
+    path, spec = export_graph(job, say)
     written = [path]
     for group in groups:
         architectures = group or ((gpu.architecture,) if gpu else ())
         say(f"engine: {engine.flavour} {trt.__version__} for {', '.join(map(str, architectures))} ...")
-        written.append(_export_engine(job, graph, engine, architectures, gpu, trt, say))
+        written.append(_export_engine(job, spec, engine, architectures, gpu, trt, say))
     return written
 
 
@@ -58,8 +57,8 @@ def _refuse_contradictions(options: ExportOptions, engine: EngineOptions) -> Non
 
 
 def _export_engine(
-    job: ExportJob, graph: Graph, engine: EngineOptions, architectures: tuple[int, ...], gpu: Gpu | None, trt: object,
-    say: Say,
+    job: ExportJob, spec: ModelSpec, engine: EngineOptions, architectures: tuple[int, ...], gpu: Gpu | None,
+    trt: object, say: Say,
 ) -> Path:  # fmt: skip
     assert (
         job.canvas_height is not None and job.canvas_width is not None
@@ -77,9 +76,9 @@ def _export_engine(
         plugin=engine.plugin,
     )
     build = EngineJob(
-        graph=serialized(graph.model),
+        graph=job.output.read_bytes(),
         graph_name=job.output.name,
-        spec=graph.spec,
+        spec=spec,
         settings=settings,
         gpu=gpu,
         timing_folder=engine.timing_folder or default_timing_folder(),
@@ -92,8 +91,9 @@ def _export_engine(
     try:
         write_engine(pending, built, sidecar)
         of_engine = dataclasses.replace(job, output=output)
-        if (contender := _engine_contender(pending, architectures, engine)) is not None:
-            result = prove(of_engine, [contender], [], [], {"seconds to build": sidecar.build_seconds}, say)
+        if _runs_here(architectures):
+            contender = backend_contender(pending, f"{name} by {engine.flavour}", None, None)
+            result = prove(of_engine, [contender], [], {"seconds to build": sidecar.build_seconds}, say)
             settle(pending, output, result)
         else:
             say(f"{name}: not run here, where there is no GPU for it; its graph passed the gate")
@@ -105,17 +105,12 @@ def _export_engine(
     return output
 
 
-def _engine_contender(path: Path, architectures: tuple[int, ...], engine: EngineOptions) -> Contender | None:
-    """The engine on the GPU that is here; None where there is none for it."""
+def _runs_here(architectures: tuple[int, ...]) -> bool:
+    """Whether a GPU is here that an engine for these is for."""
     from parkdet.runtime.cuda.driver import Device
 
     try:
         with Device() as device:
-            architecture = architecture_of(*device.capability)
+            return architecture_of(*device.capability) in architectures
     except ParkdetError:
-        return None
-    if architecture not in architectures:
-        return None
-    backend = open_backend(path, device="0")
-    name = f"{path.name.removeprefix('.').replace('.pending', '')} on {engine.flavour}"
-    return Contender(name, backend.spec.precision, backend.infer, backend.spec)
+        return False

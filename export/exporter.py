@@ -5,29 +5,32 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from parkdet.export import report as gate_report
-from parkdet.export.canvases import GateSource, canvases_of_data, gate_source
+from parkdet.export.canvases import GATE_IMAGES, GateSource, canvases_of_data, gate_source
 from parkdet.export.config import ExportOptions, GraphOptions
-from parkdet.export.contenders import backend_contender, half_contender, session_contender
-from parkdet.export.graph import Graph, finished, float_graph, serialized
+from parkdet.export.contenders import backend_contender, half_contender, runs_in_bf16, session_contender
+from parkdet.export.graph import GraphFile, finished, float_graph, serialized
 from parkdet.export.parity import Contender, compare
 from parkdet.export.report import GateResult
 from parkdet.export.tensorrt_build import Say
 from parkdet.runtime.engine_sidecar import ShapeRange
 from parkdet.runtime.errors import GateError, UsageError
 from parkdet.runtime.geometry import canvas_hw as own_canvas_hw
+from parkdet.runtime.model_spec import ModelSpec
 from parkdet.runtime.shards import write_atomically
 from parkdet.train.checkpoint import Checkpoint, load_checkpoint
 
 WIDE_SCREEN = (1080, 1920)
 """Height and width of the images that an engine is for unless a canvas or a data set is named: the contest's."""
 _SAY_EVERY = 5.0
+_LONG = 30.0
+"""Seconds from which on the gate says beforehand how long it will take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,7 @@ def export_onnx(options: ExportOptions, say: Say) -> Path:
 def prepared(options: ExportOptions, say: Say) -> ExportJob:
     """Check what was asked for before any work is done, and open the checkpoint."""
     output = _output(options)
+    say(f"reading {options.weights} ...")
     checkpoint = load_checkpoint(options.weights)
     network = checkpoint.model
     asked = {"imgsz": options.imgsz, "conf": options.conf, "iou": options.iou, "max_det": options.max_det}
@@ -155,83 +159,85 @@ def _canvas(
     return graph, height, width
 
 
-def export_graph(job: ExportJob, say: Say) -> tuple[Path, Graph]:
+def export_graph(job: ExportJob, say: Say) -> tuple[Path, ModelSpec]:
     """Build the graph, hold it against the checkpoint and give it its name."""
-    network, options = job.checkpoint.model, job.options
-    say(f"exporting {options.weights}, {network.parameter_count():,} parameters")
-    started = time.perf_counter()
-    plain = float_graph(network, job.graph)
-    graph = finished(network, plain, job.graph)
-    seconds = time.perf_counter() - started
-    for finding in graph.findings:
-        say(f"warning: {finding}")
-    # Until the gate has passed the graph bears a name that no glob for *.onnx finds.
+    network = job.checkpoint.model
+    # Until the gate has passed the graphs bear names that no glob for *.onnx finds.
     pending = job.output.with_name(f".{job.output.stem}.pending.onnx")
+    float32 = job.output.with_name(f".{job.output.stem}.float32.pending.onnx")
     try:
+        say(f"exporting {job.options.weights}, {network.parameter_count():,} parameters ...")
+        started = time.perf_counter()
+        graph = float_graph(network, job.graph)
+        plain = GraphFile(float32, graph.spec)
+        if job.graph.precision == "fp16":
+            write_atomically(float32, serialized(graph.model))
+        graph = finished(network, graph, job.graph)
+        for finding in graph.findings:
+            say(f"warning: {finding}")
         write_atomically(pending, serialized(graph.model))
+        seconds = time.perf_counter() - started
         say(f"graph: {pending.stat().st_size / 1e6:.1f} MB in {seconds:.1f} s")
         figures = {"seconds to build the graph": round(seconds, 1), "bytes": pending.stat().st_size}
-        with _graph_contenders(job, plain, graph, pending) as (contenders, overflowed):
-            result = prove(job, contenders, overflowed, graph.findings, figures, say)
+        spec, findings = graph.spec, graph.findings
+        del graph  # its weights are on the disk now; what the gate opens comes instead of them
+        contenders = _graph_contenders(job, plain, GraphFile(pending, spec))
+        result = prove(job, contenders, findings, figures, say)
         settle(pending, job.output, result)
     finally:
         pending.unlink(missing_ok=True)
-    return job.output, graph
+        float32.unlink(missing_ok=True)
+    return job.output, spec
 
 
-@contextmanager
 def _graph_contenders(
-    job: ExportJob, plain: Graph, graph: Graph, pending: Path
-) -> Iterator[tuple[list[Contender], list[str]]]:
-    """Who is held against the checkpoint: the float32 graph always; FP16 as stored, and as an engine computes it."""
-    network, options = job.checkpoint.model, job.options
-    overflowed: list[str] = []
-    with ExitStack() as opened:
-        contenders: list[Contender] = []
-        of_runtime = graph.spec.head == "raw" and graph.spec.input_format == "uint8-nhwc"
-        if graph.spec.precision == "fp32" and of_runtime:
-            contenders.append(opened.enter_context(backend_contender(pending, options.backend, "fp32")))
-        elif graph.spec.precision == "fp32":
-            contenders.append(session_contender(network, graph, job.output.name))
-        else:
-            contenders.append(session_contender(network, plain, "the graph in float32"))
-            contenders.append(session_contender(network, graph, job.output.name))
-            emulated, overflowed = half_contender(network, job.graph.tta)
-            contenders.append(emulated)
-        yield contenders, overflowed
+    job: ExportJob, plain: GraphFile, graph: GraphFile
+) -> Sequence[AbstractContextManager[Contender]]:
+    """Who is held against the checkpoint, each opened when its turn comes.
+
+    The float32 graph always, and as the runtime computes it by itself where that is bf16; FP16 as stored, and as an
+    engine computes it.
+    """
+    network, spec, name = job.checkpoint.model, graph.spec, job.output.name
+    if spec.precision == "fp16":
+        return [
+            session_contender(network, plain, "the graph in float32"),
+            session_contender(network, graph, name),
+            half_contender(network, job.graph.tta),
+        ]
+    if spec.head != "raw" or spec.input_format != "uint8-nhwc":
+        return [session_contender(network, graph, name)]
+    found = [backend_contender(graph.path, name, job.options.backend, "fp32")]
+    if job.options.backend in (None, "openvino") and runs_in_bf16():
+        found.append(backend_contender(graph.path, name, job.options.backend, "bf16", refuses=False))
+    return found
 
 
 def prove(
     job: ExportJob,
-    contenders: Sequence[Contender],
-    overflowed: list[str],
+    contenders: Sequence[AbstractContextManager[Contender]],
     warnings: Sequence[str],
     figures: Mapping[str, object],
     say: Say,
 ) -> GateResult:
     """Hold contenders against the checkpoint on the job's images."""
     network = job.checkpoint.model
-    say(f"gate: {', '.join(contender.name for contender in contenders)} against torch in float32 ...")
-    said = time.monotonic()
-
-    def tell(done: int) -> None:
-        nonlocal said
-        if time.monotonic() - said >= _SAY_EVERY:
-            said = time.monotonic()
-            say(f"gate: {done} images done")
-
-    images = job.source.images(network.spec, job.graph.canvas_hw)
+    images = list(job.source.images(network.spec, job.graph.canvas_hw))
+    say(f"gate: {len(images)} {job.source.words}")
     started = time.perf_counter()
-    reports = compare(network, contenders, images, job.graph.tta, tell)
+    progress = GateProgress(len(images), len(contenders), say)
+    reports = compare(network, contenders, images, job.graph.tta, progress.tell)
     measured = dict(figures) | {"seconds for the gate": round(time.perf_counter() - started, 1)}
     findings: list[str] = []
     noted = list(warnings)
     for one in reports:
-        say(f"gate: {gate_report.line(one)}, on {one.images} {job.source.words}")
+        say(f"gate: {gate_report.line(one)}")
         outside = [f"{one.name}: {finding}" for finding in one.findings()]
+        if outside and not one.refuses:
+            outside.append("infer computes in bf16 on such a processor unless it is given --precision fp32")
         (findings if one.refuses else noted).extend(outside)
-    if overflowed:
-        findings.append(f"values go beyond float16 first in {', '.join(overflowed[:5])}; export with --precision fp32")
+    if job.source.paths and len(images) < GATE_IMAGES:
+        noted.append(f"{len(images)} images prove little; give --calibration at least {GATE_IMAGES}")
     if reports[0].detections == 0:
         noted.append(
             "no detections of score 0.1 or more on these images, so only raw outputs were compared; name a folder of "
@@ -248,6 +254,38 @@ def prove(
         warnings=tuple(noted),
         figures=measured,
     )
+
+
+class GateProgress:
+    """What the user is told while the gate runs: how long it will take, then a line every few seconds."""
+
+    def __init__(self, images: int, contenders: int, say: Say):
+        self._images, self._passes, self._say = images, contenders + 1, say
+        self._turn, self._number = "", 0
+        self._began = self._said = time.monotonic()
+
+    def tell(self, turn: str, done: int) -> None:
+        """`done` images are done of the turn's pass."""
+        now = time.monotonic()
+        if turn != self._turn:
+            self._turn, self._number = turn, self._number + 1
+        per_image = (now - self._began) / done
+        if self._number == 1 and done == 1 and per_image * self._images * self._passes > _LONG:
+            whole = per_image * self._images * self._passes
+            self._say(
+                f"gate: {per_image:.1f} s an image for {turn}; with {self._passes - 1} others on {self._images} images "
+                f"about {whole / 60:.0f} min. A folder of fewer images (--calibration) takes less, and proves less"
+            )
+            self._said = now
+        if now - self._said >= _SAY_EVERY and done < self._images:
+            left = per_image * (self._images - done)
+            self._say(
+                f"gate: {turn}, {done} of {self._images} images, about {left:.0f} s left "
+                f"(pass {self._number} of {self._passes})"
+            )
+            self._said = now
+        if done == self._images:
+            self._began = now
 
 
 def settle(pending: Path, output: Path, result: GateResult) -> None:

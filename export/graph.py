@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -63,6 +64,14 @@ class Graph:
     model: onnx.ModelProto
     spec: ModelSpec
     findings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class GraphFile:
+    """A graph that was written: a large one need not lie in memory as well."""
+
+    path: Path
+    spec: ModelSpec
 
 
 def build_graph(network: Yolov5, options: GraphOptions) -> Graph:

@@ -10,7 +10,7 @@ from pathlib import Path
 from parkdet.export import int8
 from parkdet.export.contenders import backend_contender
 from parkdet.export.exporter import ExportJob, prove, settle
-from parkdet.export.graph import float_graph, serialized
+from parkdet.export.graph import GraphFile, float_graph, serialized
 from parkdet.export.tensorrt_build import Say
 from parkdet.runtime.backends.base import open_backend
 from parkdet.runtime.errors import UsageError
@@ -22,20 +22,23 @@ def export_int8(job: ExportJob, say: Say) -> Path:
     if job.graph.head != "raw" or job.graph.input_format != "uint8-nhwc":
         raise UsageError("--precision int8 makes a graph for the runtime: leave --head and --input as they are")
     network = job.checkpoint.model
-    say(f"exporting {job.options.weights}, {network.parameter_count():,} parameters")
-    started = time.perf_counter()
-    plain = float_graph(network, job.graph)
-    images = list(job.source.images(network.spec, job.graph.canvas_hw))
-    say(f"quantising on {len(images)} {job.source.words} ...")
-    model, _ = int8.quantised(plain, [image.canvas for image in images])
-    of_int8, convolutions = int8.quantised_convolutions(model)
-    seconds = time.perf_counter() - started
     pending = job.output.with_name(f".{job.output.name}.pending")
-    reference = pending / "reference.onnx"
+    reference = job.output.with_name(f".{job.output.name}.float32.pending.onnx")
     shutil.rmtree(pending, ignore_errors=True)
     try:
+        say(f"exporting {job.options.weights}, {network.parameter_count():,} parameters ...")
+        started = time.perf_counter()
+        plain = float_graph(network, job.graph)
+        write_atomically(reference, serialized(plain.model))
+        graph = GraphFile(reference, plain.spec)
+        del plain  # NNCF needs the memory
+        images = [image.canvas for image in job.source.images(network.spec, job.graph.canvas_hw)]
+        say(f"quantising on {len(images)} {job.source.words} ...")
+        model, _ = int8.quantised(graph, images, say)
+        of_int8, convolutions = int8.quantised_convolutions(model)
         int8.save(model, pending)
         del model
+        seconds = time.perf_counter() - started
         size = sum(file.stat().st_size for file in pending.iterdir())
         say(f"graph: {of_int8} of {convolutions} convolutions in INT8, {size / 1e6:.1f} MB, in {seconds:.1f} s")
         figures: dict[str, object] = {
@@ -43,15 +46,14 @@ def export_int8(job: ExportJob, say: Say) -> Path:
             "bytes": size,
             "convolutions in INT8": f"{of_int8} of {convolutions}",
         }
-        with backend_contender(pending / int8.MODEL_NAME, None, None) as contender:
-            result = prove(job, [contender], [], [], figures, say)
-        write_atomically(reference, serialized(plain.model))
+        contender = backend_contender(pending / int8.MODEL_NAME, job.output.name, None, None)
+        result = prove(job, [contender], [], figures, say)
+        say("speed: INT8 and the float32 graph as the runtime runs it, in turns ...")
         with (
             open_backend(pending / int8.MODEL_NAME, goal="latency") as ours,
             open_backend(reference, goal="latency") as other,
         ):
-            speed = int8.compare_speed(ours, other, images[0].canvas)
-        reference.unlink()
+            speed = int8.compare_speed(ours, other, images[0])
         say(f"speed: {speed}")
         findings = list(result.findings)
         if not speed.faster:
@@ -62,4 +64,5 @@ def export_int8(job: ExportJob, say: Say) -> Path:
         settle(pending, job.output, result)
     finally:
         shutil.rmtree(pending, ignore_errors=True)
+        reference.unlink(missing_ok=True)
     return job.output

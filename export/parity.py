@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,12 @@ from parkdet.train.model.tta import view_heads
 
 Infer = Callable[[ImageArray], Outputs]
 """Canvases (B, H, W, 3) uint8 BGR to a graph's outputs."""
-
+Tell = Callable[[str, int], None]
+"""Called with whose turn it is and how many images it has done."""
+CHECKPOINT = "the checkpoint in torch"
+"""Whose turn is first."""
+_VALUES_KEPT = 1_000_000
+"""Of one raw head of one image: 4 MB."""
 
 DECODE_ERROR = 0.01
 """Pixels: a float32 coordinate of 2,000 has a step of 0.0001, a float16 one of 1."""
@@ -73,6 +79,8 @@ class Contender:
     """Another way from outputs to candidates than the spec's: the plugin node's."""
     decode_error: Callable[[], float] | None = None
     """For decoded boxes: how far, in pixels, they were from the graph's own raw heads decoded in float32."""
+    overflowed: Callable[[], list[str]] | None = None
+    """For FP16: the blocks whose output was the first of an image to go beyond float16."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,6 +115,8 @@ class ParityReport:
     """Largest difference between output values, limited where nothing was detected."""
     decode_error: float
     """Pixels between boxes that the graph decodes and its raw heads decoded outside; NaN where it decodes none."""
+    overflowed: tuple[str, ...] = ()
+    """Blocks whose output went beyond float16."""
 
     @property
     def map_lost(self) -> float:
@@ -139,6 +149,8 @@ class ParityReport:
                 f"boxes are up to {self.decode_error:.3g} px from what its raw heads say, over {DECODE_ERROR}: "
                 "they are not decoded in float32"
             )
+        if self.overflowed:
+            found.append(f"values go beyond float16 first in {', '.join(self.overflowed[:5])}; use --precision fp32")
         if not math.isfinite(self.head_max):
             found.append("outputs are not finite")
         elif self.detections == 0 and self.head_max > limits.head:
@@ -159,30 +171,64 @@ def reference_heads(network: Yolov5, tta: bool = False) -> Infer:
     return heads
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Wanted:
+    """What the checkpoint finds on one image."""
+
+    image: GateImage
+    side: Side
+    shapes: list[tuple[int, ...]]
+    """Of its raw heads,"""
+    values: list[FloatArray]
+    """and these, thinned."""
+
+
 def compare(
     network: Yolov5,
-    contenders: Sequence[Contender],
+    contenders: Iterable[AbstractContextManager[Contender]],
     images: Iterable[GateImage],
     tta: bool = False,
-    tell: Callable[[int], None] = lambda _: None,
+    tell: Tell = lambda *_: None,
 ) -> list[ParityReport]:
     """Run the checkpoint and all contenders over the images, match their detections one to one, and report on each.
 
-    Contenders see two images at a time where two have the same canvas, so that a graph that mixes up its batch shows.
-    `tell` is given the number of images done.
+    One after the other: a contender is opened when its turn comes and closed behind it, so that no more than one lies
+    in memory beside the checkpoint. Contenders see two images at a time where two have the same canvas, so that a graph
+    that mixes up its batch shows.
     """
     reference = reference_heads(network, tta)
     spec = dataclasses.replace(network.spec, tta=tta)
-    tallies = [_Tally(spec, contender) for contender in contenders]
+    groups: list[list[_Wanted]] = []
     done = 0
-    for group in _pairs(images):
-        wanted = [reference(image.canvas[None]) for image in group]
-        sides = [Side.of(candidates_of(heads, spec)[0]) for heads in wanted]
-        for tally in tallies:
-            tally.add(group, wanted, sides)
-        done += len(group)
-        tell(done)
-    return [tally.report() for tally in tallies]
+    for pair_of in _pairs(images):
+        groups.append([])
+        for image in pair_of:
+            heads = reference(image.canvas[None])
+            side = Side.of(candidates_of(heads, spec)[0])
+            values = [_thinned(head[0]).copy() for head in heads]
+            groups[-1].append(_Wanted(image, side, [head.shape[1:] for head in heads], values))
+            done += 1
+            tell(CHECKPOINT, done)
+    reports = []
+    for opened in contenders:
+        with opened as contender:
+            tally = _Tally(spec, contender)
+            done = 0
+            for group in groups:
+                tally.add(group)
+                done += len(group)
+                tell(contender.name, done)
+            reports.append(tally.report())
+    return reports
+
+
+def _thinned(head: NDArray[Any]) -> NDArray[Any]:
+    """Values (N, 5 + nc) of a raw head of one image; of a large one those of every k-th anchor, and all classes.
+
+    The heads of all images wait in memory for the contenders.
+    """
+    anchors = head.reshape(-1, head.shape[-1])
+    return anchors[:: math.ceil(anchors.size / _VALUES_KEPT) or 1]
 
 
 def _pairs(images: Iterable[GateImage]) -> Iterator[list[GateImage]]:
@@ -206,15 +252,17 @@ class _Tally:
         self.head_max = 0.0
         self.agreement = AgreementTally(spec.class_names)
 
-    def add(self, group: list[GateImage], wanted: list[Outputs], sides: list[Side]) -> None:
-        outputs = self.contender.infer(np.stack([image.canvas for image in group]))
+    def add(self, group: list[_Wanted]) -> None:
+        outputs = self.contender.infer(np.stack([wanted.image.canvas for wanted in group]))
         decode = self.contender.decode or (lambda found: candidates_of(found, self.contender.spec))
         of_images = decode(outputs)
-        for index, (image, heads, side) in enumerate(zip(group, wanted, sides, strict=True)):
-            self._add(side, Side.of(of_images[index]), image)
+        for index, wanted in enumerate(group):
+            self._add(wanted.side, Side.of(of_images[index]), wanted.image)
             if self.contender.spec.head != "decoded":
-                found = [head[index] for head in outputs]
-                self.head_max = max(self.head_max, *(_difference(a[0], b) for a, b in zip(heads, found, strict=True)))
+                for shape, values, head in zip(wanted.shapes, wanted.values, outputs, strict=True):
+                    if head.shape[1:] != shape:
+                        raise ValueError(f"the artifact's head is {head.shape[1:]}, the checkpoint's {shape}")
+                    self.head_max = max(self.head_max, _difference(values, head[index]))
             elif not np.isfinite(outputs[0][index]).all():
                 self.head_max = math.inf
 
@@ -259,11 +307,11 @@ class _Tally:
             map_artifact=map_artifact,
             head_max=self.head_max,
             decode_error=self.contender.decode_error() if self.contender.decode_error else math.nan,
+            overflowed=tuple(self.contender.overflowed()) if self.contender.overflowed else (),
         )
 
 
 def _difference(wanted: NDArray[np.floating[Any]], found: NDArray[np.floating[Any]]) -> float:
-    if wanted.shape != found.shape:
-        raise ValueError(f"the artifact's head is {found.shape}, the checkpoint's {wanted.shape}")
-    largest = float(np.abs(wanted.astype(np.float32) - found.astype(np.float32)).max())
-    return largest if math.isfinite(largest) else math.inf
+    """Largest difference of a raw head (na, h, w, 5 + nc) from thinned values; infinite where one is not finite."""
+    largest = float(np.abs(wanted - _thinned(found).astype(np.float32)).max())
+    return largest if math.isfinite(largest) and np.isfinite(found).all() else math.inf

@@ -60,7 +60,7 @@ class OpenVinoBackend(GraphBackend):
             [_tensor_spec(port) for port in ports[0]] if ports else list(spec.inputs),
             [_tensor_spec(port) for port in ports[1]] if ports else list(spec.outputs),
         )
-        computed_in = _precision(options.precision, str(self._core.get_property("CPU", "INFERENCE_PRECISION_HINT")))
+        computed_in = _precision(options.precision)
         self.precision = computed_in if spec.precision != "int8" else f"int8-{computed_in}"
         self.parallel = 1 if options.goal == "latency" else streams_for(options.threads)
         self._settings: dict[str, Any] = {
@@ -162,15 +162,16 @@ def _made_core() -> openvino.Core:
     return ov.Core()
 
 
-def _precision(asked: Precision | None, preferred: str) -> Precision:
-    """What to compute in. `preferred` is the plugin's own choice: bf16 where the processor has instructions for it.
+def default_precision() -> Precision:
+    """What is computed in unless told otherwise: bf16 where the processor has instructions for it."""
+    return "bf16" if "bf" in str(process_core().get_property("CPU", "INFERENCE_PRECISION_HINT")) else "fp32"
 
-    UsageError for bf16 without them: it would be computed, but slower than float32.
-    """
-    has_bf16 = "bf" in preferred
-    if asked == "bf16" and not has_bf16:
+
+def _precision(asked: Precision | None) -> Precision:
+    """What to compute in. UsageError for bf16 on a processor that would compute it slower than float32."""
+    if asked == "bf16" and default_precision() != "bf16":
         raise UsageError("--precision bf16: this processor has no instructions for it (avx512_bf16 or amx_bf16)")
-    return asked or ("bf16" if has_bf16 else "fp32")
+    return asked or default_precision()
 
 
 def _with_float_heads(model: openvino.Model) -> openvino.Model:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from parkdet.export import exporter, report
 from parkdet.export import graph as graph_module
 from parkdet.export.canvases import GateImage, generated_canvases
 from parkdet.export.config import ExportOptions, GraphOptions
-from parkdet.export.contenders import session_contender
+from parkdet.export.contenders import runs_in_bf16, session_contender
 from parkdet.export.graph import Graph, finished, float_graph
 from parkdet.export.matching import FLOOR, Outputs, Side, pair
 from parkdet.export.parity import Contender, Infer, ParityReport, compare, reference_heads
@@ -39,7 +40,7 @@ def drawn(network: Yolov5, count: int = 2, canvas_hw: tuple[int, int] | None = N
 
 
 def judged(network: Yolov5, infer: Infer, images: list[GateImage], precision: str = "fp32") -> ParityReport:
-    (found,) = compare(network, [Contender("it", precision, infer, network.spec)], images)
+    (found,) = compare(network, [nullcontext(Contender("it", precision, infer, network.spec))], images)
     return found
 
 
@@ -146,11 +147,11 @@ def plugin(network: Yolov5) -> Graph:
 
 
 def test_the_plugins_node_says_what_the_spec_says(network: Yolov5, plugin: Graph) -> None:
-    contender = session_contender(network, plugin, "it")
     images = drawn(network, 2, CANVAS)
-    (found,) = compare(network, [contender], images, tta=True)
+    (found,) = compare(network, [session_contender(network, plugin, "it")], images, tta=True)
     assert found.findings() == []
-    outputs = contender.infer(np.stack([image.canvas for image in images]))
+    with session_contender(network, plugin, "it") as contender:
+        outputs = contender.infer(np.stack([image.canvas for image in images]))
     _, node = without_plugin(plugin.model)
     spec = dataclasses.replace(network.spec, tta=True)
     for ours, expected in zip(
@@ -216,7 +217,8 @@ def test_the_file_bears_its_name_only_after_the_gate(weights: Path, monkeypatch:
     assert path == folder / "best.onnx"
     written = json.loads((folder / "best.onnx.parity.json").read_text())
     assert written["passed"]
-    (compared,) = written["compared"]
+    compared, *as_infer_runs_it = written["compared"]
+    assert [one["precision"] for one in as_infer_runs_it] == (["bf16"] if runs_in_bf16() else [])
     assert compared["agreement"]["ap75"] == 1
     assert set(compared["agreement"]["per_class"]) <= {"a", "b", "c"}
     text = (folder / "best.onnx.parity.txt").read_text()

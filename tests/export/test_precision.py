@@ -119,7 +119,8 @@ def test_values_beyond_float16_are_traced_to_their_layer(network: Yolov5) -> Non
     with torch.no_grad():
         conv = large.model[3]
         conv.bn.weight.mul_(1e5)  # type: ignore[union-attr, operator]
-    contender, overflowed = half_contender(large, tta=False)
-    contender.infer(np.full((1, 64, 96, 3), 200, np.uint8))
-    assert overflowed == ["model.3"]
+    with half_contender(large, tta=False) as contender:
+        contender.infer(np.full((1, 64, 96, 3), 200, np.uint8))
+        assert contender.overflowed is not None
+        assert contender.overflowed() == ["model.3"]
     assert np.isfinite(reference_heads(large)(np.full((1, 64, 96, 3), 200, np.uint8))[0]).all()
