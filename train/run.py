@@ -89,8 +89,8 @@ def resume_run(
 ) -> Path:
     """Go on with a run, given by its folder or a checkpoint in it; returns the best checkpoint's path.
 
-    `device_name` and `budget` replace the run's own; time that the run took before counts. Of several processes,
-    rank 0 alone needs the folder.
+    `device_name` replaces the run's own for this session, `budget` from now on; time that the run took before counts.
+    Of several processes, rank 0 alone needs the folder.
     """
     stopped = ranks.from_first(_stopped_run(run) if ranks.first else None)
     assert stopped is not None
@@ -99,6 +99,11 @@ def resume_run(
     device = settings.device if device_name == "auto" and ranks.world == 1 else device_name
     with sole_writer(folder) if ranks.first else nullcontext():
         data = read_training_data(Path(settings.data), settings.recipe)
+        if budget is not None:
+            settings = settings.model_copy(update={"time_budget": budget.seconds})
+            if ranks.first:
+                # What is resumed once more must not fall back to a budget that is used up.
+                write_atomically(folder / ARGS_FILE, dump_settings(settings).encode())
         return _Run(folder, settings, data, say, ranks, device, budget).train()
 
 

@@ -231,6 +231,8 @@ def test_a_time_budget_spans_stages_and_sessions(tmp_path: Path, monkeypatch: py
     assert float(rows["b"][-1][13]) < 0.2 * 0.001
     assert load_checkpoint(best).training["used_seconds"] == pytest.approx(used, abs=4)
     assert said[-1].startswith("time budget: 1 min")
+    # The budget that a session was given holds for the next ones.
+    assert "time_budget: 100" in (folder / "args.yaml").read_text()
 
 
 def test_a_disk_that_is_full_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
