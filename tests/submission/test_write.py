@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import resource
 from collections.abc import Callable, Iterator
@@ -64,6 +65,30 @@ def test_the_file_is_the_computed_one_and_the_only_one(
     assert report.entry_count == fitted.kept_count
     assert names(tmp_path) == ["s.json"]
     assert path.stat().st_mode & 0o777 == 0o666 & ~umask()
+
+
+def test_what_a_killed_writer_left_goes_and_what_another_is_writing_stays(tmp_path: Path, fitted: Fit) -> None:
+    left, writing, of_another = (
+        tmp_path / f".{name}.tmp" for name in ("s[1].json.12ab", "s[1].json.34cd", "s1.json.56ef")
+    )
+    for path in (left, writing, of_another):
+        path.write_bytes(b"[{")
+    with writing.open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        write_submission(fitted, tmp_path / "s[1].json", accept)
+    assert sorted(names(tmp_path)) == sorted(["s[1].json", writing.name, of_another.name])
+
+
+def test_while_it_is_written_it_is_not_taken_for_left_behind(tmp_path: Path, fitted: Fit) -> None:
+    path = tmp_path / "s.json"
+
+    def write_another(written: Path) -> CheckReport:
+        if len(names(tmp_path)) == 1:  # the outer one's; the inner one sees both
+            write_submission(fitted, path, write_another)
+        return accept(written)
+
+    write_submission(fitted, path, write_another)
+    assert names(tmp_path) == ["s.json"]
 
 
 def test_twice_is_equal_to_the_byte(tmp_path: Path, random_table: Table) -> None:
