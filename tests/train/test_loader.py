@@ -289,22 +289,3 @@ def test_signals_reach_the_parent_only(tmp_path: Path, number: signal.Signals) -
     os.killpg(process.pid, number)
     out, err = process.communicate(timeout=60)
     assert (out, err, process.returncode) == ("stopped\n30\n", "", 0)
-
-
-@pytest.mark.bench
-@pytest.mark.parametrize(("imgsz", "cache"), [(320, "ram"), (640, "ram"), (640, "none")])
-def test_images_a_second(shared: Path, imgsz: int, cache: CacheMode) -> None:
-    """Mosaic, affine, HSV and flip on one worker, on the blood cells: `pytest -m bench -s`."""
-    import time
-
-    from parkdet.runtime.contest import ContestData
-    from parkdet.train.data.samples import samples_from
-
-    labels = ContestData(shared / "data" / "blood-cells").train_labels()
-    samples = samples_from(labels, [record.image_id for record in labels.records])
-    source = loader(samples, imgsz=imgsz, workers=1, cache=cache, batch_size=16)
-    list(source.epoch(0))
-    start = time.perf_counter()
-    count = sum(len(batch.images) for epoch in range(1, 5) for batch in source.epoch(epoch))
-    print(f"\n{imgsz} px, cache={cache}: {count / (time.perf_counter() - start):.0f} images/s")
-    source.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import multiprocessing
 import signal
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,7 @@ from parkdet.runtime.errors import DataError
 from parkdet.runtime.geometry import FloatArray, xyxy_to_cxcywh
 from parkdet.runtime.terminal import interrupts_held_back
 from parkdet.train.data.augment import AugmentSettings, LabelledCanvas, augmented
+from parkdet.train.data.batch_memory import BatchMemory, Slot
 from parkdet.train.data.image_store import CacheMode, ImageStore, UnreadableImageError
 from parkdet.train.data.samples import Sample
 from parkdet.train.data.sampling import (
@@ -63,6 +65,12 @@ class TrainingBatch:
     """The files of each canvas (B,): its own first, then those of its mosaics, shown or not."""
     unreadable: tuple[tuple[str, str], ...] = ()
     """File and reason of the images that were met, could not be used, and were replaced."""
+    slot: Slot | None = None
+    """In a worker: where `images` lie in memory that its parent sees too."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        images = self.images if self.slot is None else self.slot
+        return _received, (images, self.targets, self.image_ids, self.paths, self.unreadable)
 
     def pin_memory(self) -> TrainingBatch:
         """The same batch in page-locked memory; torch's loader calls it."""
@@ -73,6 +81,19 @@ class TrainingBatch:
             paths=self.paths,
             unreadable=self.unreadable,
         )
+
+
+def _received(
+    images: Tensor | Slot,
+    targets: Tensor,
+    image_ids: tuple[int, ...],
+    paths: tuple[tuple[str, ...], ...],
+    unreadable: tuple[tuple[str, str], ...],
+) -> TrainingBatch:
+    """A batch as its parent sees it."""
+    if isinstance(images, Slot):
+        images = images.tensor()
+    return TrainingBatch(images=images, targets=targets, image_ids=image_ids, paths=paths, unreadable=unreadable)
 
 
 class TrainingSet(Dataset[TrainingBatch]):
@@ -95,6 +116,8 @@ class TrainingSet(Dataset[TrainingBatch]):
         self.settings_of_whole_images = settings.model_copy(update={"mosaic": 0.0})
         self.seed = seed
         self.store = ImageStore(self.samples, imgsz, cache, cache_dir, settings.mosaic_window)
+        self.memory: BatchMemory | None = None
+        """Where workers write batches, if their parent has made such memory before they were forked."""
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -102,9 +125,9 @@ class TrainingSet(Dataset[TrainingBatch]):
     def __getitems__(self, requests: list[SampleRequest]) -> TrainingBatch:
         """The batch of these requests. DataError when one of them meets only unreadable images."""
         height, width = requests[0].canvas_hw or (self.imgsz, self.imgsz)
-        images = torch.empty((len(requests), 3, height, width), dtype=torch.uint8)
-        if get_worker_info() is not None:
-            images.share_memory_()  # type: ignore[no-untyped-call] # written once, where the parent process reads it
+        shape = (len(requests), 3, height, width)
+        taken = self.memory.take(shape) if self.memory is not None and get_worker_info() is not None else None
+        slot, images = taken or (None, torch.empty(shape, dtype=torch.uint8))
         targets, image_ids, paths = [], [], []
         unreadable: dict[str, str] = {}
         for number, request in enumerate(requests):
@@ -120,6 +143,7 @@ class TrainingSet(Dataset[TrainingBatch]):
             image_ids=tuple(image_ids),
             paths=tuple(paths),
             unreadable=tuple(unreadable.items()),
+            slot=slot,
         )
 
     def canvas(self, request: SampleRequest, unreadable: dict[str, str]) -> tuple[LabelledCanvas, tuple[int, ...]]:
@@ -188,6 +212,10 @@ class TrainingLoader:
         self._plan = _Plan()
         # Forked workers share the image cache; where there is no fork, each receives a copy.
         context = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+        if workers > 0 and context == "fork":
+            side = dataset.imgsz if rect_stride is None else math.ceil(dataset.imgsz / rect_stride) * rect_stride
+            # Each worker fills one and has prefetched two others; the training has one, and may keep another.
+            dataset.memory = BatchMemory(3 * workers + 2, 3 * batch_size * side**2)
         self._loader: DataLoader[TrainingBatch] = DataLoader(
             dataset,
             batch_sampler=self._plan,
@@ -255,6 +283,8 @@ class TrainingLoader:
         if iterator is not None and hasattr(iterator, "_shutdown_workers"):
             iterator._shutdown_workers()
         self._loader._iterator = None
+        if self.dataset.memory is not None:
+            self.dataset.memory.reclaim()
 
     def _noting(self, source: Iterator[TrainingBatch]) -> Iterator[TrainingBatch]:
         for batch in source:
