@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,8 @@ from parkdet.runtime.heads import Candidates
 
 MAX_CANDIDATES = 30_000
 """Candidates of one image that enter the greedy pass, best first."""
+_BLOCK = 1024
+"""Ranks that the greedy pass looks at together."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,22 +139,40 @@ def _scored(candidates: Candidates, settings: NmsSettings) -> tuple[NDArray[np.i
 
 
 def greedy(ranked: RankedCandidates, settings: NmsSettings) -> tuple[NDArray[np.int64], bool]:
-    """Indices of the candidates kept, in order, and whether `max_det` was met with candidates left."""
-    xyxy, class_ids = ranked.xyxy, ranked.class_ids
-    x1, y1, x2, y2 = xyxy.T
+    """Indices of the candidates kept, in order, and whether `max_det` was met with candidates left.
+
+    Block after block of the ranks: where the boxes wanted are found among the first few hundred, the tens of
+    thousands behind them are not looked at.
+    """
+    suppresses = _suppression(ranked, settings)
+    survivors = np.zeros(0, np.int64)
+    for start in range(0, len(ranked.scores), _BLOCK):
+        block = np.arange(start, min(start + _BLOCK, len(ranked.scores)))
+        remaining = block[~suppresses(survivors, block).any(axis=0)]
+        while len(remaining):
+            if len(survivors) == settings.max_det:
+                return survivors, True
+            best, remaining = remaining[:1], remaining[1:]
+            survivors = np.concatenate((survivors, best))
+            remaining = remaining[~suppresses(best, remaining)[0]]
+    return survivors, False
+
+
+def _suppression(
+    ranked: RankedCandidates, settings: NmsSettings
+) -> Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.bool_]]:
+    """Whether each of the first candidates (S,), once kept, suppresses each of the second ones (K,): (S, K)."""
+    x1, y1, x2, y2 = ranked.xyxy.T
     area = (x2 - x1) * (y2 - y1)
-    remaining = np.arange(len(xyxy))
-    survivors: list[int] = []
-    threshold = np.float32(settings.iou)
-    while len(remaining) and len(survivors) < settings.max_det:
-        best, remaining = remaining[0], remaining[1:]
-        survivors.append(int(best))
-        width = np.minimum(x2[remaining], x2[best]) - np.maximum(x1[remaining], x1[best])
-        height = np.minimum(y2[remaining], y2[best]) - np.maximum(y1[remaining], y1[best])
+    class_ids, threshold = ranked.class_ids, np.float32(settings.iou)
+
+    def suppresses(kept: NDArray[np.int64], others: NDArray[np.int64]) -> NDArray[np.bool_]:
+        of = kept[:, None]
+        width = np.minimum(x2[others], x2[of]) - np.maximum(x1[others], x1[of])
+        height = np.minimum(y2[others], y2[of]) - np.maximum(y1[others], y1[of])
         intersection = np.maximum(width, 0) * np.maximum(height, 0)
         with np.errstate(invalid="ignore", divide="ignore"):
-            overlaps = intersection / (area[remaining] + area[best] - intersection) > threshold
-        if not settings.agnostic:
-            overlaps &= class_ids[remaining] == class_ids[best]
-        remaining = remaining[~overlaps]
-    return np.array(survivors, np.int64), len(remaining) > 0
+            overlaps: NDArray[np.bool_] = intersection / (area[others] + area[of] - intersection) > threshold
+        return overlaps if settings.agnostic else overlaps & (class_ids[others] == class_ids[of])
+
+    return suppresses

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from parkdet.runtime import Detections, ModelSpec, decode_heads, non_max_suppression
+from parkdet.runtime import Detections, ModelSpec, decode_heads, nms, non_max_suppression
 from parkdet.runtime.heads import Candidates, decode_candidates
 from parkdet.runtime.nms import MAX_CANDIDATES, NmsSettings, suppress
 
@@ -135,9 +135,10 @@ def pair_iou(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
     st.booleans(),
     st.booleans(),
     st.sampled_from([1, 5, 300]),
+    st.sampled_from([1, 7, 1024]),
 )
 def test_suppression_is_the_specifications(
-    seed: int, rows: int, num_classes: int, multi_label: bool, agnostic: bool, max_det: int
+    seed: int, rows: int, num_classes: int, multi_label: bool, agnostic: bool, max_det: int, block: int
 ) -> None:
     rng = np.random.default_rng(seed)
     decoded = np.empty((rows, 5 + num_classes), np.float32)
@@ -146,8 +147,13 @@ def test_suppression_is_the_specifications(
     decoded[:, 4:] = rng.integers(0, 9, (rows, 1 + num_classes)) / 8
     if rows > 3:
         decoded[rng.integers(rows), rng.integers(decoded.shape[1])] = rng.choice([np.nan, np.inf, -np.inf])
-    found = non_max_suppression(decoded, 0.1, 0.45, max_det, multi_label, agnostic)
+    chosen = NmsSettings(conf=0.1, iou=0.45, max_det=max_det, multi_label=multi_label, agnostic=agnostic)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nms, "_BLOCK", block)
+        found, counts = suppress(Candidates(decoded, np.arange(rows)), chosen)
     expected = brute_force_nms(decoded, 0.1, 0.45, max_det, multi_label, agnostic)
+    unlimited = brute_force_nms(decoded, 0.1, 0.45, rows * num_classes + 1, multi_label, agnostic)
+    assert counts.at_max_det == (len(unlimited) > max_det)
     assert found.class_ids.tolist() == [class_id for _, class_id in expected]
     for (box, score, class_id), (anchor, _) in zip(found, expected, strict=True):
         x, y, w, h = decoded[anchor, :4]
