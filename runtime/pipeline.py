@@ -286,9 +286,9 @@ class _Run:
         self.report.times.lanes.update(
             decode=pipeline.loaders, letterbox=pipeline.loaders, model=pipeline.parallel, post=pipeline.runners
         )
-        step = pipeline.settings.shard_images or _SHARD_IMAGES[pipeline.settings.keep_candidates]
-        self.shard_images = step
-        self.shards = deque(_OpenShard(todo[start : start + step]) for start in range(0, len(todo), step))
+        self.shard_images = pipeline.settings.shard_images or _SHARD_IMAGES[pipeline.settings.keep_candidates]
+        self.shards: deque[_OpenShard] = deque()
+        """Those that are begun and not written yet; nobody else may hold one, with all of its results."""
         self.shard_of: dict[int, _OpenShard] = {}
         self.groups: OrderedDict[tuple[int, tuple[int, int]], list[LoadedImage]] = OrderedDict()
         self.in_flight: set[Future[_Done]] = set()
@@ -315,13 +315,12 @@ class _Run:
 
     def _jobs(self) -> Iterator[tuple[ImageItem, int]]:
         """Image by image as its turn to be decoded comes, with the plan that is chosen then."""
-        shards = iter(tuple(self.shards))
         for number, item in enumerate(self.todo):
             if self.stop.is_set() or (plan := self.chooser.next_plan(len(self.todo) - number)) is None:
                 return
             if number % self.shard_images == 0:
-                shard = next(shards)
-            self.shard_of[item.image_id] = shard
+                self.shards.append(_OpenShard(self.todo[number : number + self.shard_images]))
+            self.shard_of[item.image_id] = self.shards[-1]
             yield item, plan
 
     def _gather(self, loaded: LoadedImage, runners: ThreadPoolExecutor) -> None:

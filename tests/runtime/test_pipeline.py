@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import cv2
 import numpy as np
@@ -21,6 +23,7 @@ from parkdet.runtime.heads import decode_heads
 from parkdet.runtime.loading import ImageItem
 from parkdet.runtime.nms import NmsSettings, non_max_suppression
 from parkdet.runtime.pipeline import Pipeline, PipelineReport, PipelineSettings
+from parkdet.runtime.shards import FailedImage
 from parkdet.runtime.store import RunStore, covered_images, failed_images, read_predictions
 
 SIZES = ((60, 90), (90, 60), (60, 90), (50, 50), (1, 1), (300, 40), (90, 60), (60, 90), (45, 96), (60, 90), (7, 3))
@@ -270,6 +273,26 @@ def test_canvases_in_memory_are_bounded(
     _run(backend, many, tmp_path / "run", batch_size=2, loaders=2)
     # Ahead: loaders + 2 batches; waiting: one group of less than a batch; with the runners: 2 * parallel batches.
     assert most <= (2 + 4) + 2 + 2 * 4 + 2
+
+
+def test_results_are_let_go_once_they_are_written(backend: NumpyBackend, items: list[ImageItem]) -> None:
+    """Else a run's memory grows with its images."""
+    written: list[list[weakref.ref[FloatArray]]] = []
+    alive: list[int] = []
+
+    class Sink:
+        covered: ClassVar[set[int]] = set()
+        failed: ClassVar[list[FailedImage]] = []
+
+        def write(self, results: Any, failed: Any, caps: Any = None) -> None:  # noqa: ARG002 - the protocol
+            alive.append(sum(scores() is not None for shard in written for scores in shard))
+            written.append([weakref.ref(result.scores) for result in results])
+
+    many = [replace(item, image_id=1000 * turn + number) for turn in range(9) for number, item in enumerate(items)]
+    Pipeline(backend, PipelineSettings(imgsz=96, shard_images=10)).run(many, Sink())
+    assert sum(map(len, written)) == 9 * len(SIZES)
+    # The shard before may be in its writer's hands still; none from earlier.
+    assert max(alive) <= 10
 
 
 def test_an_id_given_twice_is_refused(backend: NumpyBackend, items: list[ImageItem], tmp_path: Path) -> None:
