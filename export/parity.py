@@ -28,6 +28,11 @@ Tell = Callable[[str, int], None]
 """Called with whose turn it is and how many images it has done."""
 CHECKPOINT = "the checkpoint in torch"
 """Whose turn is first."""
+_OF_THE_CHECKPOINT = (
+    "class_names", "category_ids", "strides", "anchors", "imgsz", "conf", "iou", "max_det", "split_seed", "split_count",
+    "tta", "checkpoint_sha256",
+)  # fmt: skip
+"""Fields of a model spec that no export changes."""
 _VALUES_KEPT = 1_000_000
 """Of one raw head of one image: 4 MB."""
 
@@ -115,8 +120,8 @@ class ParityReport:
     """Largest difference between output values, limited where nothing was detected."""
     decode_error: float
     """Pixels between boxes that the graph decodes and its raw heads decoded outside; NaN where it decodes none."""
-    overflowed: tuple[str, ...] = ()
-    """Blocks whose output went beyond float16."""
+    faults: tuple[str, ...] = ()
+    """What is wrong whatever the figures are, one sentence each."""
 
     @property
     def map_lost(self) -> float:
@@ -149,10 +154,11 @@ class ParityReport:
                 f"boxes are up to {self.decode_error:.3g} px from what its raw heads say, over {DECODE_ERROR}: "
                 "they are not decoded in float32"
             )
-        if self.overflowed:
-            found.append(f"values go beyond float16 first in {', '.join(self.overflowed[:5])}; use --precision fp32")
+        found += self.faults
         if not math.isfinite(self.head_max):
             found.append("outputs are not finite")
+        elif self.detections == 0 and math.isinf(limits.head):
+            found.append("nothing was detected, so nothing is proven; name a folder of your images with --calibration")
         elif self.detections == 0 and self.head_max > limits.head:
             found.append(f"outputs differ by {self.head_max:.2g}, over {limits.head}, and nothing was detected")
         return found
@@ -307,8 +313,23 @@ class _Tally:
             map_artifact=map_artifact,
             head_max=self.head_max,
             decode_error=self.contender.decode_error() if self.contender.decode_error else math.nan,
-            overflowed=tuple(self.contender.overflowed()) if self.contender.overflowed else (),
+            faults=(*self._overflow(), *_spec_differences(self.contender.spec, self.spec)),
         )
+
+    def _overflow(self) -> list[str]:
+        blocks = self.contender.overflowed() if self.contender.overflowed else []
+        if not blocks:
+            return []
+        return [f"values go beyond float16 first in {', '.join(blocks[:5])}; export with --precision fp32"]
+
+
+def _spec_differences(found: ModelSpec, wanted: ModelSpec) -> list[str]:
+    """Where an artifact's description of itself is not the checkpoint's."""
+    return [
+        f"its model spec has {name} {getattr(found, name)}, the checkpoint {getattr(wanted, name)}"
+        for name in _OF_THE_CHECKPOINT
+        if getattr(found, name) != getattr(wanted, name)
+    ]
 
 
 def _difference(wanted: NDArray[np.floating[Any]], found: NDArray[np.floating[Any]]) -> float:

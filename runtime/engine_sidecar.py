@@ -21,6 +21,8 @@ SIDECAR_VERSION = 1
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 HardwareCompatibility = Literal["none", "same-compute-capability", "ampere-plus"]
 _BUILD_AGAIN = "build it again with 'parkdet export'"
+_CHECKSUM = "sha256_of_the_rest"
+"""Key of the sidecar's own checksum: class names, anchors and ranges that were changed by hand fit any engine."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,6 +97,8 @@ def write(engine: Path, sidecar: EngineSidecar) -> Path:
     """Write the sidecar beside an engine, whole or not at all; returns its path."""
     values = {"version_of_this_file": SIDECAR_VERSION, **dataclasses.asdict(sidecar)}
     values["spec"] = json.loads(sidecar.spec.to_json())
+    values = json.loads(json.dumps(values))
+    values[_CHECKSUM] = _sha256_of_values(values)
     path = sidecar_path(engine)
     text = json.dumps(values, ensure_ascii=False, indent=1, sort_keys=True) + "\n"
     write_atomically(path, text.encode())
@@ -120,6 +124,7 @@ def read(engine: Path) -> EngineSidecar:
             raise ArtifactError(
                 f"{path}: is a sidecar of version {version}, this parkdet reads {SIDECAR_VERSION}; {_BUILD_AGAIN}"
             )
+        _typed(_CHECKSUM, values.pop(_CHECKSUM), str)
         spec = ModelSpec.from_json(json.dumps(values.pop("spec")), str(path))
         ranges: dict[str, Any] = {key: _range(values.pop(key)) for key in ("batch", "canvas_height", "canvas_width")}
         checked: dict[str, Any] = {
@@ -197,7 +202,23 @@ def check(
             f"{engine}: is not the file that {sidecar_path(engine).name} describes (its SHA-256 differs): damaged, or "
             f"of another export; copy the two together, or {_BUILD_AGAIN}"
         )
+    _refuse_edited(sidecar_path(engine))
     return sidecar
+
+
+def _refuse_edited(path: Path) -> None:
+    """ArtifactError where a sidecar that can be read is not as it was written."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if values.pop(_CHECKSUM) != _sha256_of_values(values):
+        raise ArtifactError(
+            f"{path}: was changed after it was written (its own SHA-256 differs), so what it says of the engine cannot "
+            f"be trusted; copy it anew, or {_BUILD_AGAIN}"
+        )
+
+
+def _sha256_of_values(values: dict[str, Any]) -> str:
+    text = json.dumps(values, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _same_version(sidecar: EngineSidecar, version: str) -> bool:

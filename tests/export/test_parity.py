@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from parkdet.export import graph as graph_module
 from parkdet.export.canvases import GateImage, generated_canvases
 from parkdet.export.config import ExportOptions, GraphOptions
 from parkdet.export.contenders import runs_in_bf16, session_contender
-from parkdet.export.graph import Graph, finished, float_graph
+from parkdet.export.graph import Graph, GraphSource, finished, float_graph
 from parkdet.export.matching import FLOOR, Outputs, Side, pair
 from parkdet.export.parity import Contender, Infer, ParityReport, compare, reference_heads
 from parkdet.export.plugin_node import candidates_by_attributes, with_plugin, without_plugin
@@ -29,6 +30,7 @@ from parkdet.runtime.errors import GateError
 from parkdet.runtime.geometry import ImageArray
 from parkdet.runtime.heads import decode_candidates
 from parkdet.runtime.nms import RankedCandidates
+from parkdet.runtime.views import TTA_VIEWS
 from parkdet.train import save_checkpoint
 from parkdet.train.model.network import Yolov5
 
@@ -105,6 +107,106 @@ def test_a_canvas_padded_with_128_is_found(network: Yolov5) -> None:
         return heads(np.where((canvases == 114).all(-1, keepdims=True), np.uint8(128), canvases))
 
     assert judged(network, other_padding, drawn(network, 2)).findings() != []
+
+
+def bilinear_upsampling(source: GraphSource) -> None:
+    for module in source.network.modules():
+        if isinstance(module, torch.nn.Upsample):
+            module.mode = "bilinear"
+
+
+def rgb_for_bgr(source: GraphSource) -> None:
+    weight = source.network.first_conv.weight
+    weight.copy_(weight.flip(1))
+
+
+def not_scaled(source: GraphSource) -> None:
+    source.network.first_conv.weight.mul_(255)
+
+
+def scaled_by_256(source: GraphSource) -> None:
+    source.network.first_conv.weight.mul_(255 / 256)
+
+
+def one_bias_lost(source: GraphSource) -> None:
+    source.network.get_parameter("model.3.conv.bias").zero_()
+
+
+def levels_exchanged(source: GraphSource) -> None:
+    weight = source.network.head_convs[0].weight
+    weight.copy_(weight.roll(8, 0))
+
+
+@pytest.mark.parametrize(
+    "fault", [bilinear_upsampling, rgb_for_bgr, not_scaled, scaled_by_256, one_bias_lost, levels_exchanged]
+)
+def test_a_planted_fault_in_the_network_is_found(network: Yolov5, fault: Callable[[GraphSource], None]) -> None:
+    source = GraphSource(network, GraphOptions(input_format="float-nchw"))
+    sound = [nullcontext(Contender("it", "fp32", reference_heads(source.network), network.spec))]
+    images = drawn(network, 2, CANVAS)
+    assert compare(network, sound, images)[0].findings() == []
+    with torch.no_grad():
+        fault(source)
+    assert compare(network, sound, images)[0].findings() != []
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"class_names": ("b", "a", "c")},
+        {"strides": (16, 32)},
+        {"anchors": (((10.0, 13.0), (16.0, 30.0), (33.0, 24.0)), ((30.0, 61.0), (62.0, 45.0), (59.0, 119.0)))},
+        {"category_ids": (1, 3, 2)},
+        {"imgsz": 640},
+        {"conf": 0.3},
+    ],
+)
+def test_an_artifact_that_describes_itself_otherwise_is_found(network: Yolov5, changed: dict[str, Any]) -> None:
+    spec = dataclasses.replace(network.spec, **changed)
+    blank = [GateImage(np.full((*CANVAS, 3), 114, np.uint8))]
+    contender = Contender("it", "fp32", reference_heads(network), spec)
+    (found,) = compare(network, [nullcontext(contender)], blank)
+    (name,) = changed
+    assert any(f"its model spec has {name}" in finding for finding in found.findings())
+
+
+def aligned_corners(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = torch.nn.functional.interpolate
+
+    def aligned(*arguments: Any, **named: Any) -> Any:
+        return right(*arguments, **(named | ({"align_corners": True} if named.get("mode") == "bilinear" else {})))
+
+    monkeypatch.setattr(torch.nn.functional, "interpolate", aligned)
+
+
+def not_mirrored(monkeypatch: pytest.MonkeyPatch) -> None:
+    from parkdet.train.model import tta
+
+    monkeypatch.setattr(tta, "TTA_VIEWS", tuple(dataclasses.replace(view, mirrored=False) for view in TTA_VIEWS))
+
+
+@pytest.mark.parametrize("fault", [aligned_corners, not_mirrored])
+def test_views_made_otherwise_are_found(
+    network: Yolov5, monkeypatch: pytest.MonkeyPatch, fault: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    with monkeypatch.context() as planted:
+        fault(planted)
+        graph = float_graph(network, GraphOptions(tta=True, canvas_hw=CANVAS))
+    (found,) = compare(network, [session_contender(network, graph, "it")], drawn(network, 2, CANVAS), tta=True)
+    assert found.findings() != []
+
+
+def test_int8_that_detects_nothing_is_not_proven(network: Yolov5) -> None:
+    blank = [GateImage(np.full((*CANVAS, 3), 114, np.uint8))]
+    silent = copy.deepcopy(network)
+    with torch.no_grad():
+        for conv in silent.head_convs:
+            conv.weight.zero_()
+            conv.bias.fill_(-20.0)  # type: ignore[union-attr]
+    found = judged(silent, reference_heads(silent), blank, "int8")
+    assert found.detections == 0
+    assert any("nothing is proven" in finding for finding in found.findings())
+    assert judged(silent, reference_heads(silent), blank).findings() == []
 
 
 def test_boxes_decoded_in_float16_are_found(network: Yolov5, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import pytest
 from parkdet.runtime import ModelSpec
 from parkdet.runtime.engine_sidecar import EngineSidecar, Flavour, ShapeRange, check, read, sidecar_path, write
 from parkdet.runtime.errors import ArtifactError, ParkdetError
+from parkdet.runtime.model_spec import TensorSpec
 
 SPEC = ModelSpec(
     class_names=("차", "b"),
@@ -157,6 +158,45 @@ def test_a_sidecar_edited_by_hand(engine: Path, change: Callable[[dict[str, Any]
     change(values)
     path.write_text(json.dumps(values))
     with pytest.raises(ArtifactError, match=message):
+        checked(engine)
+
+
+def leaves(values: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The way to every value of a JSON document that is neither a list nor an object."""
+    inner = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    return [way for key, value in inner for way in leaves(value, (*at, key))] if inner else [at]
+
+
+def test_no_value_of_a_sidecar_can_be_changed(engine: Path) -> None:
+    tensors = (TensorSpec(name="images", dtype="uint8", shape=(-1, 896, 1600, 3)),)
+    path = write(engine, sidecar(spec=dataclasses.replace(SPEC, inputs=tensors), gpu="a GPU", built_at="2026-01-01"))
+    written = json.loads(path.read_text())
+    ways = leaves(written)
+    assert len(ways) > 40
+    for *above, key in ways:
+        values = json.loads(json.dumps(written))
+        holder = values
+        for step in above:
+            holder = holder[step]
+        match holder[key]:
+            case bool(value):
+                holder[key] = not value
+            case int(value) | float(value):
+                holder[key] = value + 1
+            case str(value):
+                holder[key] = f"{value}x"
+        path.write_text(json.dumps(values))
+        if holder[key] is not None:
+            with pytest.raises(ArtifactError):
+                checked(engine)
+    path.write_text(json.dumps(written, indent=7))
+    checked(engine)
+
+
+def test_a_class_renamed_by_hand_has_its_sentence(engine: Path) -> None:
+    path = write(engine, sidecar())
+    path.write_text(path.read_text().replace('"b"', '"c"'))
+    with pytest.raises(ArtifactError, match=r"was changed after it was written.*copy it anew, or build it again"):
         checked(engine)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
@@ -365,7 +366,10 @@ def test_out_of_memory_in_tensorrt_shrinks_the_batch(
     assert "going on with 2 at a time" in caplog.text
 
 
-def test_engines_that_this_machine_cannot_run(trt: Any, tmp_path: Path, model: TinyModel, simulation: Any) -> None:
+def test_engines_that_this_machine_cannot_run(
+    trt: Any, tmp_path: Path, model: TinyModel, simulation: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)  # as if it were not installed
     assert trt is not None
     assert simulation is not None
     for changed, told in (
