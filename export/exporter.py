@@ -289,18 +289,26 @@ class GateProgress:
 
 
 def settle(pending: Path, output: Path, result: GateResult) -> None:
-    """Give a file or folder its name, or the name that warns of it and GateError."""
+    """Give a file or folder its name, or the name that warns of it and GateError.
+
+    The report is on the disk before anything is renamed: a disk that is full leaves the older artifact and its report.
+    """
     rejected = output.with_name(f"{output.name}.rejected")
+    target = output if result.passed else rejected
+    try:
+        gate_report.write(pending, result)
+        _replace(pending, target)
+        for part, place in zip(gate_report.paths(pending), gate_report.paths(target), strict=True):
+            part.replace(place)
+    finally:
+        for part in gate_report.paths(pending):
+            part.unlink(missing_ok=True)
     if not result.passed:
-        _replace(pending, rejected)
-        gate_report.write(rejected, result)
         raise GateError(
             f"{output}: refused, for it is not what the checkpoint is: {'; '.join(result.findings)}. "
             f"It is kept as {rejected}, the report beside it"
         )
-    _replace(pending, output)
-    gate_report.write(output, result)
-    for left in (rejected, *(rejected.with_name(f"{rejected.name}.parity.{kind}") for kind in ("json", "txt"))):
+    for left in (rejected, *gate_report.paths(rejected)):
         if left.is_dir():
             shutil.rmtree(left)
         else:
@@ -308,6 +316,12 @@ def settle(pending: Path, output: Path, result: GateResult) -> None:
 
 
 def _replace(source: Path, target: Path) -> None:
-    if target.is_dir():
-        shutil.rmtree(target)
+    """Rename; a folder that is in the way is put aside first and removed afterwards."""
+    if not target.is_dir():
+        source.replace(target)
+        return
+    aside = target.with_name(f".{target.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    target.replace(aside)
     source.replace(target)
+    shutil.rmtree(aside)

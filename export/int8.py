@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shutil
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +22,7 @@ from parkdet.export.graph import GraphFile
 from parkdet.export.tensorrt_build import Say
 from parkdet.runtime.backends.base import GraphBackend
 from parkdet.runtime.backends.openvino import process_core
-from parkdet.runtime.errors import UsageError
+from parkdet.runtime.errors import ParkdetError, UsageError
 from parkdet.runtime.geometry import ImageArray
 from parkdet.runtime.model_spec import SPEC_KEY, ModelSpec
 
@@ -78,6 +80,7 @@ class _Calibration:
 
     def __init__(self, canvases: Sequence[ImageArray], say: Say):
         self._canvases, self._say = canvases, say
+        self._stderr = sys.stderr  # NNCF runs with another one, which nobody sees
 
     def __len__(self) -> int:
         return len(self._canvases)
@@ -87,7 +90,8 @@ class _Calibration:
         for number, canvas in enumerate(self._canvases):
             if time.monotonic() - said >= _SAY_EVERY:
                 said = time.monotonic()
-                self._say(f"quantising: {number} of {len(self._canvases)} images")
+                with redirect_stderr(self._stderr):
+                    self._say(f"quantising: {number} of {len(self._canvases)} images")
             yield canvas[None]
 
 
@@ -117,11 +121,17 @@ def _is_quantised(node: openvino.Node) -> bool:
 
 
 def save(model: openvino.Model, folder: Path) -> None:
-    """`model.xml` and `model.bin` in a folder of their own."""
+    """`model.xml` and `model.bin` in a folder of their own. ParkdetError where they cannot be written."""
     import openvino as ov
 
-    folder.mkdir(parents=True)
-    ov.save_model(model, folder / MODEL_NAME, compress_to_fp16=False)
+    try:
+        folder.mkdir(parents=True)
+        ov.save_model(model, folder / MODEL_NAME, compress_to_fp16=False)
+    except (OSError, RuntimeError) as error:  # the library says no more than "iostream error"
+        free = shutil.disk_usage(folder.parent).free
+        raise ParkdetError(
+            f"{folder}: cannot be written ({error}; {free / 1e6:,.0f} MB are free); make room, and run it again"
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)

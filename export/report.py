@@ -43,8 +43,14 @@ def line(report: ParityReport) -> str:
     )
 
 
+def paths(artifact: Path) -> tuple[Path, Path]:
+    """Where an artifact's report is: `ARTIFACT.parity.json` and `ARTIFACT.parity.txt`."""
+    return artifact.with_name(f"{artifact.name}.parity.json"), artifact.with_name(f"{artifact.name}.parity.txt")
+
+
 def write(artifact: Path, result: GateResult) -> None:
-    """`ARTIFACT.parity.json` and `ARTIFACT.parity.txt`."""
+    """Both files of a report."""
+    json_path, text_path = paths(artifact)
     content = {
         "artifact": result.artifact,
         "checkpoint": result.checkpoint,
@@ -56,8 +62,8 @@ def write(artifact: Path, result: GateResult) -> None:
         "compared": [as_dict(report) for report in result.reports],
     }
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    write_atomically(artifact.with_name(f"{artifact.name}.parity.json"), text.encode())
-    write_atomically(artifact.with_name(f"{artifact.name}.parity.txt"), as_text(result).encode())
+    write_atomically(json_path, text.encode())
+    write_atomically(text_path, as_text(result).encode())
 
 
 def as_dict(report: ParityReport) -> dict[str, Any]:

@@ -14,11 +14,22 @@ from parkdet.export.config import ExportOptions, GraphOptions
 from parkdet.export.exporter import export_artifacts
 from parkdet.export.int8 import Speed
 from parkdet.runtime.backends.base import open_backend
-from parkdet.runtime.errors import GateError
+from parkdet.runtime.errors import GateError, ParkdetError
 from parkdet.train import save_checkpoint
 from parkdet.train.model.network import Yolov5
 
 needs_nncf = pytest.mark.skipif(importlib.util.find_spec("nncf") is None, reason="NNCF is not installed (extra 'int8')")
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import openvino
+
+    def full(*_: object, **__: object) -> None:
+        raise RuntimeError("basic_ios::clear: iostream error")
+
+    monkeypatch.setattr(openvino, "save_model", full)
+    with pytest.raises(ParkdetError, match=r"pending: cannot be written .*iostream.* MB are free\); make room"):
+        int8.save(openvino.Model([], [], "it"), tmp_path / ".pending")
 
 
 @needs_nncf

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
-from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +15,22 @@ import torch
 from parkdet.export import decode as decode_module
 from parkdet.export import exporter, report
 from parkdet.export import graph as graph_module
-from parkdet.export.canvases import GateImage, generated_canvases
+from parkdet.export.canvases import GateImage
 from parkdet.export.config import ExportOptions, GraphOptions
 from parkdet.export.contenders import runs_in_bf16, session_contender
-from parkdet.export.graph import Graph, GraphSource, finished, float_graph
+from parkdet.export.graph import Graph, finished, float_graph
 from parkdet.export.matching import FLOOR, Outputs, Side, pair
-from parkdet.export.parity import Contender, Infer, ParityReport, compare, reference_heads
+from parkdet.export.parity import compare, reference_heads
 from parkdet.export.plugin_node import candidates_by_attributes, with_plugin, without_plugin
 from parkdet.runtime.backends.base import open_backend
-from parkdet.runtime.errors import GateError
+from parkdet.runtime.errors import GateError, ParkdetError
 from parkdet.runtime.geometry import ImageArray
 from parkdet.runtime.heads import decode_candidates
 from parkdet.runtime.nms import RankedCandidates
-from parkdet.runtime.views import TTA_VIEWS
+from parkdet.runtime.shards import write_atomically
 from parkdet.train import save_checkpoint
 from parkdet.train.model.network import Yolov5
-
-CANVAS = (64, 96)
-
-
-def drawn(network: Yolov5, count: int = 2, canvas_hw: tuple[int, int] | None = None) -> list[GateImage]:
-    return [GateImage(canvas) for canvas in generated_canvases(network.spec, canvas_hw, count)]
-
-
-def judged(network: Yolov5, infer: Infer, images: list[GateImage], precision: str = "fp32") -> ParityReport:
-    (found,) = compare(network, [nullcontext(Contender("it", precision, infer, network.spec))], images)
-    return found
+from tests.export.gate import CANVAS, drawn, judged
 
 
 def test_equal_heads_pass_the_gate(network: Yolov5) -> None:
@@ -53,160 +40,6 @@ def test_equal_heads_pass_the_gate(network: Yolov5) -> None:
     assert (found.unmatched, round(found.iou_min, 6), found.agreement.ap75, found.reverse.ap75) == (0, 1, 1, 1)
     assert set(found.agreement.per_class) <= set(network.spec.class_names)
     assert all(ap == 1 for ap in found.agreement.per_class.values())
-
-
-def swapped_anchor(heads: list[Any]) -> list[Any]:
-    return [head[:, ::-1] for head in heads]
-
-
-def shifted_box(heads: list[Any]) -> list[Any]:
-    moved = [head.copy() for head in heads]
-    for head in moved:
-        head[..., 0] += 0.05
-    return moved
-
-
-def lower_scores(heads: list[Any]) -> list[Any]:
-    lowered = [head.copy() for head in heads]
-    for head in lowered:
-        head[..., 4] -= 0.05
-    return lowered
-
-
-def rolled_class(heads: list[Any]) -> list[Any]:
-    return [np.concatenate((head[..., :5], np.roll(head[..., 5:], 1, -1)), -1) for head in heads]
-
-
-def not_finite(heads: list[Any]) -> list[Any]:
-    broken = [head.copy() for head in heads]
-    broken[0][0, 0, 0, 0, 0] = np.nan
-    return broken
-
-
-def exchanged_batch(heads: list[Any]) -> list[Any]:
-    return [head[::-1] for head in heads]
-
-
-FAULTS = [swapped_anchor, shifted_box, lower_scores, rolled_class, not_finite, exchanged_batch]
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_in_the_heads_is_found(network: Yolov5, fault: Callable[[list[Any]], list[Any]]) -> None:
-    heads = reference_heads(network)
-
-    def faulty(canvases: ImageArray) -> Outputs:
-        return fault([np.asarray(head) for head in heads(canvases)])
-
-    assert judged(network, faulty, drawn(network, 2, CANVAS)).findings() != []
-
-
-def test_a_canvas_padded_with_128_is_found(network: Yolov5) -> None:
-    heads = reference_heads(network)
-
-    def other_padding(canvases: ImageArray) -> Outputs:
-        return heads(np.where((canvases == 114).all(-1, keepdims=True), np.uint8(128), canvases))
-
-    assert judged(network, other_padding, drawn(network, 2)).findings() != []
-
-
-def bilinear_upsampling(source: GraphSource) -> None:
-    for module in source.network.modules():
-        if isinstance(module, torch.nn.Upsample):
-            module.mode = "bilinear"
-
-
-def rgb_for_bgr(source: GraphSource) -> None:
-    weight = source.network.first_conv.weight
-    weight.copy_(weight.flip(1))
-
-
-def not_scaled(source: GraphSource) -> None:
-    source.network.first_conv.weight.mul_(255)
-
-
-def scaled_by_256(source: GraphSource) -> None:
-    source.network.first_conv.weight.mul_(255 / 256)
-
-
-def one_bias_lost(source: GraphSource) -> None:
-    source.network.get_parameter("model.3.conv.bias").zero_()
-
-
-def levels_exchanged(source: GraphSource) -> None:
-    weight = source.network.head_convs[0].weight
-    weight.copy_(weight.roll(8, 0))
-
-
-@pytest.mark.parametrize(
-    "fault", [bilinear_upsampling, rgb_for_bgr, not_scaled, scaled_by_256, one_bias_lost, levels_exchanged]
-)
-def test_a_planted_fault_in_the_network_is_found(network: Yolov5, fault: Callable[[GraphSource], None]) -> None:
-    source = GraphSource(network, GraphOptions(input_format="float-nchw"))
-    sound = [nullcontext(Contender("it", "fp32", reference_heads(source.network), network.spec))]
-    images = drawn(network, 2, CANVAS)
-    assert compare(network, sound, images)[0].findings() == []
-    with torch.no_grad():
-        fault(source)
-    assert compare(network, sound, images)[0].findings() != []
-
-
-@pytest.mark.parametrize(
-    "changed",
-    [
-        {"class_names": ("b", "a", "c")},
-        {"strides": (16, 32)},
-        {"anchors": (((10.0, 13.0), (16.0, 30.0), (33.0, 24.0)), ((30.0, 61.0), (62.0, 45.0), (59.0, 119.0)))},
-        {"category_ids": (1, 3, 2)},
-        {"imgsz": 640},
-        {"conf": 0.3},
-    ],
-)
-def test_an_artifact_that_describes_itself_otherwise_is_found(network: Yolov5, changed: dict[str, Any]) -> None:
-    spec = dataclasses.replace(network.spec, **changed)
-    blank = [GateImage(np.full((*CANVAS, 3), 114, np.uint8))]
-    contender = Contender("it", "fp32", reference_heads(network), spec)
-    (found,) = compare(network, [nullcontext(contender)], blank)
-    (name,) = changed
-    assert any(f"its model spec has {name}" in finding for finding in found.findings())
-
-
-def aligned_corners(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = torch.nn.functional.interpolate
-
-    def aligned(*arguments: Any, **named: Any) -> Any:
-        return right(*arguments, **(named | ({"align_corners": True} if named.get("mode") == "bilinear" else {})))
-
-    monkeypatch.setattr(torch.nn.functional, "interpolate", aligned)
-
-
-def not_mirrored(monkeypatch: pytest.MonkeyPatch) -> None:
-    from parkdet.train.model import tta
-
-    monkeypatch.setattr(tta, "TTA_VIEWS", tuple(dataclasses.replace(view, mirrored=False) for view in TTA_VIEWS))
-
-
-@pytest.mark.parametrize("fault", [aligned_corners, not_mirrored])
-def test_views_made_otherwise_are_found(
-    network: Yolov5, monkeypatch: pytest.MonkeyPatch, fault: Callable[[pytest.MonkeyPatch], None]
-) -> None:
-    with monkeypatch.context() as planted:
-        fault(planted)
-        graph = float_graph(network, GraphOptions(tta=True, canvas_hw=CANVAS))
-    (found,) = compare(network, [session_contender(network, graph, "it")], drawn(network, 2, CANVAS), tta=True)
-    assert found.findings() != []
-
-
-def test_int8_that_detects_nothing_is_not_proven(network: Yolov5) -> None:
-    blank = [GateImage(np.full((*CANVAS, 3), 114, np.uint8))]
-    silent = copy.deepcopy(network)
-    with torch.no_grad():
-        for conv in silent.head_convs:
-            conv.weight.zero_()
-            conv.bias.fill_(-20.0)  # type: ignore[union-attr]
-    found = judged(silent, reference_heads(silent), blank, "int8")
-    assert found.detections == 0
-    assert any("nothing is proven" in finding for finding in found.findings())
-    assert judged(silent, reference_heads(silent), blank).findings() == []
 
 
 def test_boxes_decoded_in_float16_are_found(network: Yolov5, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,6 +182,45 @@ def test_the_file_bears_its_name_only_after_the_gate(weights: Path, monkeypatch:
     assert sorted(p.name for p in folder.iterdir()) == [
         "best.onnx", "best.onnx.parity.json", "best.onnx.parity.txt", "best.onnx.rejected",
         "best.onnx.rejected.parity.json", "best.onnx.rejected.parity.txt", "best.pt",
+    ]  # fmt: skip
+
+
+PASSED = report.GateResult(artifact="a", checkpoint="b", source="c", reports=(), findings=())
+
+
+def test_a_report_that_cannot_be_written_leaves_the_older_artifact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, pending = tmp_path / "best.onnx", tmp_path / ".best.pending.onnx"
+    for path in (output, *report.paths(output)):
+        path.write_bytes(b"old")
+    pending.write_bytes(b"new")
+
+    def full(path: Path, content: bytes) -> None:
+        if path.suffix == ".txt":
+            raise ParkdetError(f"{path}: cannot be written (No space left on device)")
+        write_atomically(path, content)
+
+    with monkeypatch.context() as planted:
+        planted.setattr(report, "write_atomically", full)
+        with pytest.raises(ParkdetError, match="No space left"):
+            exporter.settle(pending, output, PASSED)
+    assert {path.read_bytes() for path in (output, *report.paths(output))} == {b"old"}
+    assert len(list(tmp_path.iterdir())) == 4
+    exporter.settle(pending, output, PASSED)
+    assert output.read_bytes() == b"new"
+    assert json.loads(report.paths(output)[0].read_text())["passed"]
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_folder_takes_the_place_of_an_older_one(tmp_path: Path) -> None:
+    for name, content in (("best_int8", "old"), (".pending", "new")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.xml").write_text(content)
+    exporter.settle(tmp_path / ".pending", tmp_path / "best_int8", PASSED)
+    assert (tmp_path / "best_int8" / "model.xml").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "best_int8", "best_int8.parity.json", "best_int8.parity.txt",
     ]  # fmt: skip
 
 
