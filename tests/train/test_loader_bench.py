@@ -56,8 +56,8 @@ def draw(path: Path, hw: tuple[int, int], seed: int) -> None:
     random = np.random.default_rng(seed)
     colours = random.integers(0, 256, (hw[0] // 40, hw[1] // 40, 3)).astype(np.float32)
     image = cv2.resize(colours, hw[::-1], interpolation=cv2.INTER_CUBIC) + random.normal(0, 3, (*hw, 3))
-    ok = cv2.imwrite(str(path), np.clip(image, 0, 255).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, 92])
-    assert ok
+    encoded = cv2.imencode(path.suffix, np.clip(image, 0, 255).astype(np.uint8))[1]
+    path.write_bytes(encoded.tobytes())
 
 
 def draw_set(folder: Path, kind: str) -> list[Sample]:
