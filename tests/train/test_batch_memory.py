@@ -77,6 +77,18 @@ def test_the_memory_goes_with_its_loader_but_not_before_its_tensors() -> None:
     assert tensor.tolist() == [7] * 4
 
 
+def test_a_forked_process_frees_nothing_of_its_parent() -> None:
+    memory = BatchMemory(1, 4)
+    kept = [written(memory, 7, (4,)).tensor()]
+    child = multiprocessing.get_context("fork").Process(target=kept.clear)
+    child.start()
+    child.join(30)
+    assert child.exitcode == 0
+    assert taken(memory) == 1
+    kept.clear()
+    assert taken(memory) == 0
+
+
 def samples(folder: Path, count: int) -> list[Sample]:
     import cv2
 

@@ -34,6 +34,7 @@ train:
   precision: fp32
   patience: 0
   save_minutes: 0.005
+  mosaic_window: 8
   image_weights: true
 stages:
 - {name: baseline}
