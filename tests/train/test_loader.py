@@ -196,6 +196,15 @@ def test_an_image_of_another_size_than_its_boxes_are_for_is_not_used(tmp_path: P
     turned = Sample(7, samples[0].path, (64, 48), samples[0].class_ids, samples[0].xyxy)
     with pytest.raises(DataError, match=r"decodes to 64 x 48 pixels, its boxes are for 48 x 64"):
         ImageStore([turned], 32).image(0)
+    path = tmp_path / "large.jpg"  # decoded at an eighth, it is told by its own size
+    path.write_bytes(cv2.imencode(".jpg", np.zeros((480, 640, 3), np.uint8))[1].tobytes())
+    for hw, fits in (((480, 640), True), ((640, 480), False), ((488, 640), False)):
+        store = ImageStore([Sample(7, path, hw, samples[0].class_ids, samples[0].xyxy)], 32)
+        if fits:
+            assert store.image(0).shape == (24, 32, 3)
+        else:
+            with pytest.raises(DataError, match=rf"to 640 x 480 pixels, its boxes are for {hw[1]} x {hw[0]}"):
+                store.image(0)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -180,6 +180,24 @@ def test_an_image_is_decoded_about_once_an_epoch(
         decoded.clear()
 
 
+@pytest.mark.skipif(not FORK, reason="memory is shared by forked processes")
+def test_workers_decode_for_one_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each on its own would decode 1.8 images for each of an epoch's."""
+    dataset = TrainingSet(make_samples(tmp_path, 300), 24, AugmentSettings(mosaic_window=64), 0)
+    source = TrainingLoader(dataset, batch_size=4, workers=2)
+    decoded, read = multiprocessing.get_context("fork").Value("i", 0), dataset.store._read
+
+    def reading(index: int) -> ImageArray:
+        with decoded.get_lock():
+            decoded.value += 1
+        return read(index)
+
+    monkeypatch.setattr(dataset.store, "_read", reading)
+    list(source.epoch(0))
+    source.close()
+    assert 300 <= decoded.value < 1.5 * 300
+
+
 def test_memory_bounds_what_is_kept_and_changes_no_pixel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     samples = make_samples(tmp_path, 30)
 
