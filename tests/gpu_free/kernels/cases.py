@@ -113,6 +113,8 @@ def nms_cases() -> Iterator[NmsCase]:
             max_candidates=max_candidates, schedule=schedule,
         )  # fmt: skip
 
+    # Cheap ones first: they find most mutants out.
+    yield from _hand_made()
     everything = NmsSettings(conf=0.0, iou=0.45, max_det=20)
     yield random("nothing passes", model(3), (32, 48), 2, NmsSettings(conf=0.5), objectness=-40)
     yield random("as in the contest", model(14, levels=3), (64, 96), 2, NmsSettings())
@@ -122,8 +124,20 @@ def nms_cases() -> Iterator[NmsCase]:
     yield random("eight anchors a cell", model(2, anchors=8), (32, 32), 1, NmsSettings(max_det=7), objectness=-2)
     yield random("three views", model(3, levels=3, tta=True), (64, 96), 2, NmsSettings(max_det=100), objectness=-1)
     yield random("views of float32", model(2, levels=4, tta=True), (128, 64), 1, PER_CLASS, dtype=np.float32)
-    yield random("many blocks", model(3), (160, 224), 1, NmsSettings(max_det=300, iou=0.3), objectness=-3)
     yield random("over the cap", model(14), (48, 64), 2, NmsSettings(max_det=30), objectness=3, max_candidates=100)
+    yield random(
+        "over the cap in many blocks", model(2), (128, 160), 1, NmsSettings(max_det=3), objectness=2, max_candidates=90
+    )
+    ties = (-2.0, 0.0, 1.0)
+    yield random("ties", model(4), (48, 48), 2, NmsSettings(iou=0.5), palette=ties, max_candidates=3000)
+    yield random("the cap among ties", model(40), (48, 32), 2, PER_CLASS, palette=ties, max_candidates=77, schedule=3)
+    yield random(
+        "the cap among ties of all classes", model(40), (48, 32), 2, everything, palette=(0.5, 0.5), objectness=1,
+        max_candidates=1001,
+    )  # fmt: skip
+    yield from _not_numbers()
+    yield from _settings_cases()
+    yield random("many blocks", model(3), (160, 224), 1, NmsSettings(max_det=300, iou=0.3), objectness=-3)
     yield random(
         "more than one tile of the sort", model(5), (96, 128), 1, NmsSettings(iou=0.2, max_det=400), objectness=3,
         max_candidates=4200, schedule=2,
@@ -136,20 +150,7 @@ def nms_cases() -> Iterator[NmsCase]:
         "three tiles, few boxes", model(7), (96, 128), 1, NmsSettings(iou=0.0, agnostic=True, max_det=100),
         objectness=3, spread=1.0, max_candidates=5000,
     )  # fmt: skip
-    yield random(
-        "over the cap in many blocks", model(2), (128, 160), 1, NmsSettings(max_det=3), objectness=2, max_candidates=90
-    )
-    ties = (-2.0, 0.0, 1.0)
-    yield random("ties", model(4), (48, 48), 2, NmsSettings(iou=0.5), palette=ties, max_candidates=3000)
-    yield random("the cap among ties", model(40), (48, 32), 2, PER_CLASS, palette=ties, max_candidates=77, schedule=3)
-    yield random(
-        "the cap among ties of all classes", model(40), (48, 32), 2, everything, palette=(0.5, 0.5), objectness=1,
-        max_candidates=1001,
-    )  # fmt: skip
-    yield from _settings_cases()
     yield from _caps_at_equality()
-    yield from _not_numbers()
-    yield from _hand_made()
 
 
 LOOKING = NmsSettings(conf=0.25, iou=0.45, max_det=300, multi_label=False, agnostic=True)

@@ -1,23 +1,23 @@
 // run_cases FILE SECONDS: runs the cases that cases.py wrote, each array in memory of its own and of exactly its size,
 // until one gives something else (exit code 1), a launch itself fails (2) or so much CPU time is gone. The plan is
-// plan.h's, so this is also its test.
+// plan.h's, so this is also its test. The kernels are a file of their own, device_code.cpp, compiled anew for a mutant.
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/resource.h>
 
 #include "cuda_runtime.h"
 
-// What a mutant puts in the place of atomicAdd: other threads run between the read and the write.
-template <class T>
-T plain_add(T* at, T value) {
-    const T before = *at;
-    simt::yield();
-    *at = before + value;
-    return before;
-}
-
-#include "kernels.cuh"
 #include "plan.h"
+
+extern "C" {
+void parkdet_reset(parkdet::NmsParameters);
+void parkdet_collect(parkdet::NmsParameters);
+void parkdet_select(parkdet::NmsParameters);
+void parkdet_sort(parkdet::NmsParameters);
+void parkdet_rank(parkdet::NmsParameters);
+void parkdet_suppress(parkdet::NmsParameters);
+void parkdet_letterbox(parkdet::LetterboxParameters);
+}
 
 namespace {
 

@@ -106,10 +106,23 @@ def kernel_sources(kernels: Path = KERNELS) -> list[Path]:
 
 
 def case_runner(kernels: Path = KERNELS, sanitizer: str = "") -> Path:
-    """run_cases.cpp, compiled over the kernels of this folder."""
-    sources = [HERE / "run_cases.cpp", scheduler_object(sanitizer)]
+    """run_cases.cpp, with the kernels of this folder. What does not depend on them is compiled once."""
     # A mutant runs for less time than the optimizer would take.
-    flags = [*kernel_flags(kernels, sanitizer), *([] if sanitizer else ["-O0"])]
+    instrumented = [*SANITIZERS[sanitizer][0], *([] if sanitizer else ["-O0"])]
+    flags = [*FLAGS, *instrumented, f"-I{SHIM}", f"-I{KERNELS}", "-c"]
+    host = compiled([HERE / "run_cases.cpp"], flags, kernel_sources(), ".o")
+    header = SHIM / "cuda_fp16.h"
+    precompiled = compiled([header], [*FLAGS, *instrumented, "-xc++-header"], list(SHIM.iterdir()), ".gch")
+    # g++ takes a precompiled header that lies beside the header in the folder where it looks first.
+    folder = precompiled.with_suffix("")
+    folder.mkdir(exist_ok=True)
+    for source, name in ((header, header.name), (precompiled, f"{header.name}.gch")):
+        if not (folder / name).exists():
+            partial = folder / f"{os.getpid()}-{name}"
+            shutil.copy(source, partial)
+            partial.replace(folder / name)
+    flags = [*FLAGS, *instrumented, f"-I{folder}", f"-I{SHIM}", f"-I{kernels}"]
+    sources = [HERE / "device_code.cpp", host, scheduler_object(sanitizer)]
     return compiled(sources, flags, kernel_sources(kernels), "")
 
 
