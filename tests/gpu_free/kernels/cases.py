@@ -35,6 +35,10 @@ class NmsCase:
     settings: NmsSettings
     max_candidates: int = 1000
     schedule: int = 0
+    runs: int = 1
+    """So many in the same memory, one after the other."""
+    images_before: int = 0
+    """So many images of the batch, which are not run, lie before those of the heads."""
 
     @property
     def geometries(self) -> list[HeadGeometry]:
@@ -105,12 +109,13 @@ def nms_cases() -> Iterator[NmsCase]:
         *,
         max_candidates: int = 1000,
         schedule: int = 0,
+        runs: int = 1,
         **how: Any,
     ) -> NmsCase:
         heads = random_heads(spec, canvas_hw, batch, seed=len(name), **how)
         return NmsCase(
             name=name, spec=spec, canvas_hw=canvas_hw, heads=heads, settings=settings,
-            max_candidates=max_candidates, schedule=schedule,
+            max_candidates=max_candidates, schedule=schedule, runs=runs,
         )  # fmt: skip
 
     # Cheap ones first: they find most mutants out.
@@ -118,7 +123,9 @@ def nms_cases() -> Iterator[NmsCase]:
     everything = NmsSettings(conf=0.0, iou=0.45, max_det=20)
     yield random("nothing passes", model(3), (32, 48), 2, NmsSettings(conf=0.5), objectness=-40)
     yield random("as in the contest", model(14, levels=3), (64, 96), 2, NmsSettings())
-    yield random("float32, best class, agnostic", model(80), (32, 64), 1, LOOKING, dtype=np.float32, objectness=1)
+    yield random(
+        "float32, best class, agnostic", model(80), (32, 64), 1, LOOKING, dtype=np.float32, objectness=1, runs=2
+    )
     yield random("best class of 33, per class", model(33), (32, 32), 2, PER_CLASS, objectness=2, schedule=1)
     yield random("one class, one anchor a cell", model(1, anchors=1), (48, 32), 3, everything, schedule=5)
     yield random("eight anchors a cell", model(2, anchors=8), (32, 32), 1, NmsSettings(max_det=7), objectness=-2)
@@ -128,6 +135,11 @@ def nms_cases() -> Iterator[NmsCase]:
     yield random(
         "over the cap in many blocks", model(2), (128, 160), 1, NmsSettings(max_det=3), objectness=2, max_candidates=90
     )
+    # The objectness is 1, so that a score is one sigmoid; many lie close to the cap's edge, and all under it stay.
+    yield random(
+        "the edge of the cap", model(14), (64, 64), 1, NmsSettings(iou=1.0, max_det=200), dtype=np.float32,
+        objectness=100, spread=0.2, max_candidates=150, runs=2,
+    )  # fmt: skip
     ties = (-2.0, 0.0, 1.0)
     yield random("ties", model(4), (48, 48), 2, NmsSettings(iou=0.5), palette=ties, max_candidates=3000)
     yield random("the cap among ties", model(40), (48, 32), 2, PER_CLASS, palette=ties, max_candidates=77, schedule=3)
@@ -151,6 +163,16 @@ def nms_cases() -> Iterator[NmsCase]:
         objectness=3, spread=1.0, max_candidates=5000,
     )  # fmt: skip
     yield from _caps_at_equality()
+
+
+def far_case() -> NmsCase:
+    """The last image that a grid can have, of so many slots that no index into any array fits 32 bits."""
+    spec, canvas_hw = model(90), (128, 128)
+    return NmsCase(
+        name="the last of 65,535 images", spec=spec, canvas_hw=canvas_hw,
+        heads=random_heads(spec, canvas_hw, 1, seed=9, objectness=-3),
+        settings=NmsSettings(max_det=65_600, multi_label=False), max_candidates=65_600, images_before=65_534,
+    )  # fmt: skip
 
 
 LOOKING = NmsSettings(conf=0.25, iou=0.45, max_det=300, multi_label=False, agnostic=True)
@@ -284,6 +306,11 @@ def letterbox_cases() -> Iterator[LetterboxCase]:
     yield LetterboxCase(name="rows apart, enlarged", image=apart, letterbox=Letterbox.fit((40, 60), 64, 8), schedule=1)
 
 
+def all_cases() -> list[NmsCase | LetterboxCase]:
+    """What run_cases.cpp is given."""
+    return [*nms_cases(), far_case(), *letterbox_cases()]
+
+
 def thread_cases() -> Iterator[NmsCase | LetterboxCase]:
     """Cases for the thread sanitizer, to which each barrier of 1024 threads costs milliseconds: few boxes are kept."""
     chosen = {
@@ -314,7 +341,7 @@ def _name(name: str) -> bytes:
 def _nms_bytes(case: NmsCase) -> Iterator[bytes]:
     settings, heads = case.settings, case.heads
     batch, half = heads[0].shape[0], heads[0].dtype == np.float16
-    yield struct.pack("<i64si", 0, _name(case.name), case.schedule)
+    yield struct.pack("<i64s3i", 0, _name(case.name), case.schedule, case.runs, case.images_before)
     yield struct.pack(
         "<8i2f", len(heads), case.spec.num_classes, batch, half, settings.max_det, case.max_candidates,
         settings.multi_label, settings.agnostic, settings.conf, settings.iou,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -88,11 +89,12 @@ def _arguments_exchanged(code: str) -> Iterator[_Edit]:
 
 
 def _barriers_moved(code: str) -> Iterator[_Edit]:
-    """A barrier and the line before or after it."""
+    """A barrier and the line before or after it, unless that computes something for its own thread."""
     lines = [(match.start(), match.end()) for match in re.finditer(r"[^\n]+\n", code)]
-    for above, below in zip(lines, lines[1:], strict=False):
+    for above, below in itertools.pairwise(lines):
         first, second = code[slice(*above)], code[slice(*below)]
-        if "__syncthreads" in first + second:
+        own = any(line.lstrip().startswith(("const ", "int ", "++")) or not line.strip() for line in (first, second))
+        if "__syncthreads" in first + second and not own:
             yield above[0], below[1] - 1, f"{second}{first[:-1]}"
 
 
@@ -127,11 +129,8 @@ OPERATORS: tuple[_Rule, ...] = (
     (
         "comparison moved",
         _each(
-            r"(?<= )(?:<=|>=|<|>|==|!=)(?= )",
-            _swap(
-                ("<", "<="), ("<=", "<"), (">", ">="), (">=", ">"), ("==", "<="), ("==", ">="), ("!=", "<"),
-                ("!=", ">"), ("<", "!="), (">", "!="), ("<=", "=="), (">=", "=="),
-            ),
+            r"(?<= )(?:<=|>=|<|>)(?= )",
+            _swap(("<", "<="), ("<=", "<"), (">", ">="), (">=", ">")),
         ),
     ),
     (
@@ -220,8 +219,13 @@ OPERATORS: tuple[_Rule, ...] = (
                             else ["unsigned"])),
     ("branches exchanged", _each(r"(?<= \? )([^?:;]+) : ([^?:;,()]+)", lambda match: [f"{match[2]} : {match[1]}"])),
     ("truth exchanged", _each(r"\b(?:true|false)\b", _swap(("true", "false"), ("false", "true")))),
-    ("jump changed", _each(r"\b(?:break|continue);",
-                           _swap(("break;", ";"), ("continue;", ";"), ("continue;", "break;"), ("break;", "continue;")))),
+    (
+        "jump changed",
+        _each(
+            r"\b(?:break|continue);",
+            _swap(("break;", ";"), ("continue;", ";"), ("continue;", "break;"), ("break;", "continue;")),
+        ),
+    ),
     ("jump changed", _each(r"(?<=\) )return;", _becomes(";"))),
     ("early return", _each(r"(?<=\n)( {4,})(?=[^\s}#/][^\n]*;\n)", _becomes("{}return; "))),
     ("value zeroed", _each(r"\breturn ([^;\n]+);", lambda match: [] if match[1] == "0" else ["return {};"])),

@@ -3,6 +3,7 @@
 // plan.h's, so this is also its test. The kernels are a file of their own, device_code.cpp, compiled anew for a mutant.
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/mman.h>
 #include <sys/resource.h>
 
 #include "cuda_runtime.h"
@@ -40,13 +41,28 @@ void report(const char* what) {
     ++failures;
 }
 
-// Memory full of rubbish. With the address sanitizer the guards are malloc's.
+// Memory full of rubbish. With the address sanitizer the guards are malloc's. Of many elements before those that are
+// used there are only addresses.
 template <class T>
 struct Memory {
     size_t bytes;
     char* base;
+    size_t before;
+    char* addresses = nullptr;
 
-    explicit Memory(size_t count) : bytes(count * sizeof(T)) {
+    explicit Memory(size_t count, size_t unused = 0) : bytes(count * sizeof(T)), before(unused * sizeof(T)) {
+        if (before) {
+            void* const mapped = mmap(nullptr, before + bytes + 2 * kGuard, PROT_READ | PROT_WRITE,
+                                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+            if (mapped == MAP_FAILED) {
+                perror("addresses for the images before");
+                exit(3);
+            }
+            addresses = static_cast<char*>(mapped);
+            base = addresses + before;
+            memset(base, kRubbish, bytes + 2 * kGuard);
+            return;
+        }
 #ifdef __SANITIZE_ADDRESS__
         base = static_cast<char*>(malloc(bytes)) - kGuard;
         memset(base + kGuard, kRubbish, bytes);
@@ -57,19 +73,22 @@ struct Memory {
     }
     ~Memory() {
 #ifdef __SANITIZE_ADDRESS__
-        free(base + kGuard);
-#else
+        if (!addresses) {
+            free(base + kGuard);
+            return;
+        }
+#endif
         for (size_t i = 0; i < kGuard; ++i)
             if (static_cast<unsigned char>(base[i]) != kRubbish ||
                 static_cast<unsigned char>(base[kGuard + bytes + i]) != kRubbish) {
                 report("wrote out of bounds");
                 break;
             }
-        free(base);
-#endif
+        if (addresses) munmap(addresses, before + bytes + 2 * kGuard);
+        else free(base);
     }
     Memory(const Memory&) = delete;
-    T* data() { return reinterpret_cast<T*>(base + kGuard); }
+    T* data() { return reinterpret_cast<T*>(base + kGuard - before); }
     void fill_from_file() {
         if (bytes && fread(base + kGuard, bytes, 1, file) != 1) exit(3);
     }
@@ -82,10 +101,10 @@ struct Memory {
 };
 
 template <class Parameters, void (*kernel)(Parameters)>
-void run(const parkdet::Launch& launch, const Parameters& parameters, unsigned schedule) {
+void run(const parkdet::Launch& launch, const Parameters& parameters, unsigned schedule, uint3 first = {0, 0, 0}) {
     const char* problem = simt::run(
         dim3(launch.grid_x, launch.grid_y), dim3(launch.threads), schedule,
-        [](const void* p) { kernel(*static_cast<const Parameters*>(p)); }, &parameters);
+        [](const void* p) { kernel(*static_cast<const Parameters*>(p)); }, &parameters, first);
     if (problem) {
         printf("%s: %s: %s\n", name, launch.entry, problem);
         exit(2);
@@ -95,9 +114,11 @@ void run(const parkdet::Launch& launch, const Parameters& parameters, unsigned s
 void run_nms(unsigned schedule) {
     using namespace parkdet;
     NmsParameters p{};
+    const int runs = read<int>();
+    const int images_before = read<int>();
     const int heads = read<int>();
     p.num_classes = read<int>();
-    p.batch = read<int>();
+    p.batch = images_before + read<int>();
     p.half_heads = read<int>();
     p.max_det = read<int>();
     p.max_candidates = read<int>();
@@ -114,18 +135,21 @@ void run_nms(unsigned schedule) {
         float shapes[2 * kMaxAnchors];
         for (int a = 0; a < 2 * anchors; ++a) shapes[a] = read<float>();
         if (!add_head(p, anchors, rows, columns, stride, scale, flip, shapes)) exit(3);
-        raw[i] = new Memory<char>(size_t(p.batch) * anchors * rows * columns * (5 + p.num_classes) *
-                                  (p.half_heads ? 2 : 4));
+        const size_t image = size_t(anchors) * rows * columns * (5 + p.num_classes) * (p.half_heads ? 2 : 4);
+        raw[i] = new Memory<char>((p.batch - images_before) * image, images_before * image);
         raw[i]->fill_from_file();
         p.heads[i].raw = raw[i]->data();
     }
-    const size_t batch = size_t(p.batch), kept = batch * p.max_det, slots = batch * p.max_candidates;
+    const size_t before = size_t(images_before), batch = size_t(p.batch) - before;
+    const size_t kept = batch * p.max_det, slots = batch * p.max_candidates;
+    const size_t kept_before = before * p.max_det, slots_before = before * p.max_candidates;
     {
-        Memory<int> num_dets(batch), candidates(batch), at_max_det(batch), classes(kept);
-        Memory<Box> boxes(kept), ranked_boxes(slots);
-        Memory<float> scores(kept);
-        Memory<ImageState> states(batch);
-        Memory<Key> keys(slots), ranked_keys(slots);
+        Memory<int> num_dets(batch, before), candidates(batch, before), at_max_det(batch, before);
+        Memory<int> classes(kept, kept_before);
+        Memory<Box> boxes(kept, kept_before), ranked_boxes(slots, slots_before);
+        Memory<float> scores(kept, kept_before);
+        Memory<ImageState> states(batch, before);
+        Memory<Key> keys(slots, slots_before), ranked_keys(slots, slots_before);
         p.num_dets = num_dets.data();
         p.candidates = candidates.data();
         p.at_max_det = at_max_det.data();
@@ -136,17 +160,21 @@ void run_nms(unsigned schedule) {
         p.keys = keys.data();
         p.ranked_keys = ranked_keys.data();
         p.ranked_boxes = ranked_boxes.data();
-        for_each_launch(p, [&](const Launch& launch) {
+        const auto launched = [&](const Launch& launch) {
             p.round = launch.round;
+            const uint3 first = launch.grid_y == 1 ? uint3{unsigned(before), 0, 0}
+                                                  : uint3{0, unsigned(before), 0};
             const char* entry = launch.entry + strlen("parkdet_");
-            if (!strcmp(entry, "reset")) run<NmsParameters, parkdet_reset>(launch, p, schedule);
-            else if (!strcmp(entry, "collect")) run<NmsParameters, parkdet_collect>(launch, p, schedule);
-            else if (!strcmp(entry, "select")) run<NmsParameters, parkdet_select>(launch, p, schedule);
-            else if (!strcmp(entry, "sort")) run<NmsParameters, parkdet_sort>(launch, p, schedule);
-            else if (!strcmp(entry, "rank")) run<NmsParameters, parkdet_rank>(launch, p, schedule);
-            else if (!strcmp(entry, "suppress")) run<NmsParameters, parkdet_suppress>(launch, p, schedule);
+            if (!strcmp(entry, "reset")) run<NmsParameters, parkdet_reset>(launch, p, schedule, first);
+            else if (!strcmp(entry, "collect")) run<NmsParameters, parkdet_collect>(launch, p, schedule, first);
+            else if (!strcmp(entry, "select")) run<NmsParameters, parkdet_select>(launch, p, schedule, first);
+            else if (!strcmp(entry, "sort")) run<NmsParameters, parkdet_sort>(launch, p, schedule, first);
+            else if (!strcmp(entry, "rank")) run<NmsParameters, parkdet_rank>(launch, p, schedule, first);
+            else if (!strcmp(entry, "suppress")) run<NmsParameters, parkdet_suppress>(launch, p, schedule, first);
             else exit(3);
-        });
+        };
+        // Run after run in the same memory: what the last one left must not matter.
+        for (int left = runs; left > 0; --left) for_each_launch(p, launched);
         num_dets.expect_from_file("num_dets");
         candidates.expect_from_file("candidates");
         at_max_det.expect_from_file("at_max_det");

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.gpu_free.kernels.cases import letterbox_cases, nms_cases, write_cases
+from tests.gpu_free.kernels.cases import all_cases, write_cases
 from tests.gpu_free.kernels.simulation import FLAGS, HERE, KERNELS, SHIM, compiler, scheduler_object
 
 UNREACHED: dict[str, dict[str, str]] = {"nms.cuh": {}, "letterbox.cuh": {}, "plan.h": {}}
@@ -19,7 +19,7 @@ UNREACHED: dict[str, dict[str, str]] = {"nms.cuh": {}, "letterbox.cuh": {}, "pla
 @pytest.mark.skipif(compiler() is None or shutil.which("gcov") is None, reason="no g++ with gcov")
 def test_every_line_is_run(tmp_path: Path) -> None:
     """The counts are printed: `./dev test tests/gpu_free/kernels/test_coverage.py -s`."""
-    write_cases(tmp_path / "cases", [*nms_cases(), *letterbox_cases()])
+    write_cases(tmp_path / "cases", all_cases())
 
     def run(*command: str | Path) -> str:
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

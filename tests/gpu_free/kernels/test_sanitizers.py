@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.gpu_free.kernels.cases import letterbox_cases, nms_cases, thread_cases, write_cases
+from tests.gpu_free.kernels.cases import all_cases, letterbox_cases, thread_cases, write_cases
 from tests.gpu_free.kernels.simulation import case_runner, compiler, run_cases
 
 pytestmark = [
@@ -17,7 +17,7 @@ pytestmark = [
 
 def test_every_case_in_memory_of_its_own(tmp_path: Path) -> None:
     """Through plan.h, without Python: what the plugin does."""
-    write_cases(tmp_path / "cases", [*nms_cases(), *letterbox_cases()])
+    write_cases(tmp_path / "cases", all_cases())
     assert not run_cases(case_runner(), tmp_path / "cases", 60)
 
 
@@ -33,7 +33,7 @@ def test_a_wrong_result_is_reported(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_address_and_undefined_behaviour(tmp_path: Path) -> None:
-    write_cases(tmp_path / "cases", [*nms_cases(), *letterbox_cases()])
+    write_cases(tmp_path / "cases", all_cases())
     assert not run_cases(case_runner(sanitizer="address"), tmp_path / "cases", 200)
 
 

@@ -324,9 +324,11 @@ void yield() {
     to_scheduler(false);
 }
 
-const char* run(dim3 grid, dim3 block, unsigned schedule, void (*body)(const void*), const void* argument) {
+const char* run(dim3 grid, dim3 block, unsigned schedule, void (*body)(const void*), const void* argument,
+                uint3 first) {
     const size_t threads = size_t{block.x} * block.y * block.z;
-    const size_t blocks = size_t{grid.x} * grid.y * grid.z;
+    const size_t columns = grid.x - first.x, rows = grid.y - first.y;
+    const size_t blocks = columns * rows * (grid.z - first.z);
     if (threads == 0 || threads > 1024 || block.z > 64) return "a block must have 1 to 1024 threads";
     if (blocks == 0 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
         return "a grid must not be empty, nor over 65535 in y or z";
@@ -350,8 +352,9 @@ const char* run(dim3 grid, dim3 block, unsigned schedule, void (*body)(const voi
     scheduler.barriers = barriers.data();
     const char* problem = nullptr;
     for (size_t at : order) {
-        block_index = {static_cast<unsigned>(at % grid.x), static_cast<unsigned>(at / grid.x % grid.y),
-                       static_cast<unsigned>(at / (size_t{grid.x} * grid.y))};
+        block_index = {first.x + static_cast<unsigned>(at % columns),
+                       first.y + static_cast<unsigned>(at / columns % rows),
+                       first.z + static_cast<unsigned>(at / (columns * rows))};
         problem = run_block(fibers[set ^= 1].data(), static_cast<unsigned>(threads), random, schedule);
         if (problem) break;
         ++scheduler.barriers;

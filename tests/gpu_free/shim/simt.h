@@ -49,7 +49,8 @@ void yield();  // lets other threads of the block run
 
 // Runs body(argument) once for every thread of the grid. `schedule` 0 goes in order, 1 in reverse, others shuffle
 // threads and blocks. Null, or what went wrong: a barrier that not all threads reach, threads at different ones, a
-// deadlock, a launch that no GPU takes.
-const char* run(dim3 grid, dim3 block, unsigned schedule, void (*body)(const void*), const void* argument);
+// deadlock, a launch that no GPU takes. Of the grid only the blocks from `first` on are run, along each axis.
+const char* run(dim3 grid, dim3 block, unsigned schedule, void (*body)(const void*), const void* argument,
+                uint3 first = {0, 0, 0});
 
 }  // namespace simt
