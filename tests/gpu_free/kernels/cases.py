@@ -21,7 +21,7 @@ from parkdet.runtime.geometry import ImageArray, Letterbox
 from parkdet.runtime.heads import RawHead
 from parkdet.runtime.model_spec import ModelSpec
 from parkdet.runtime.nms import NmsCounts, NmsSettings
-from tests.gpu_free.kernels.specification import expected
+from tests.gpu_free.kernels.specification import expected, sigmoid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +140,10 @@ def nms_cases() -> Iterator[NmsCase]:
         "the edge of the cap", model(14), (64, 64), 1, NmsSettings(iou=1.0, max_det=200), dtype=np.float32,
         objectness=100, spread=0.2, max_candidates=150, runs=2,
     )  # fmt: skip
+    yield random(
+        "the cap among scores that are almost 1", model(3), (48, 48), 1, NmsSettings(), dtype=np.float32,
+        palette=(13.81,), objectness=100, max_candidates=100,
+    )  # fmt: skip
     ties = (-2.0, 0.0, 1.0)
     yield random("ties", model(4), (48, 48), 2, NmsSettings(iou=0.5), palette=ties, max_candidates=3000)
     yield random("the cap among ties", model(40), (48, 32), 2, PER_CLASS, palette=ties, max_candidates=77, schedule=3)
@@ -155,6 +159,10 @@ def nms_cases() -> Iterator[NmsCase]:
         max_candidates=4200, schedule=2,
     )  # fmt: skip
     yield random(
+        "two widths of a block, two images", model(5), (64, 96), 2, NmsSettings(iou=0.1, agnostic=True, max_det=30),
+        objectness=3, max_candidates=2000,
+    )  # fmt: skip
+    yield random(
         "over a cap of two tiles", model(14), (64, 96), 1, NmsSettings(iou=0.6, max_det=1500), objectness=3,
         max_candidates=2060, schedule=1,
     )  # fmt: skip
@@ -163,6 +171,28 @@ def nms_cases() -> Iterator[NmsCase]:
         objectness=3, spread=1.0, max_candidates=5000,
     )  # fmt: skip
     yield from _caps_at_equality()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SigmoidCase:
+    """Logits, each by itself."""
+
+    name: str
+    raw: NDArray[np.float32]
+
+    def expected(self) -> NDArray[np.float32]:
+        return sigmoid(self.raw)
+
+
+Case = NmsCase | LetterboxCase | SigmoidCase
+
+
+def sigmoid_case() -> SigmoidCase:
+    """Some 40,000 logits; at -88.5 the exponential is finite though its power of two is not."""
+    random = np.random.default_rng(10)
+    edges = [np.inf, -np.inf, 0.0, -0.0, 88.5, -88.5, -88.03, -88.7, -88.73, -89.0, 40.0, -40.0, 41.0, -126.0]
+    raw = np.concatenate([random.normal(0, 5, 30_000), np.linspace(-110, 110, 10_001), edges])
+    return SigmoidCase(name="the sigmoid", raw=raw.astype(np.float32))
 
 
 def far_case() -> NmsCase:
@@ -261,6 +291,18 @@ def _hand_made() -> Iterator[NmsCase]:
         ("agnostic", NmsSettings(iou=0.3, agnostic=True)),
     ):
         yield NmsCase(name=name, spec=spec, canvas_hw=(8, 48), heads=heads, settings=settings)
+    yield NmsCase(
+        name="a cap of one", spec=spec, canvas_hw=(8, 48), heads=heads, settings=NmsSettings(), max_candidates=1
+    )
+    # More candidates than a block is wide, all in one another's boxes but the one at the edge, whose box has no area:
+    # nothing suppresses it, so it must be looked at once.
+    wide = dataclasses.replace(model(1, levels=1, anchors=1), anchors=(((4000.0, 16.0),),))
+    in_one = [np.zeros((1, 1, 1, 1030, 6), np.float16)]
+    in_one[0][..., 1023, 2] = -np.inf
+    yield NmsCase(
+        name="no area, at a block's width", spec=wide, canvas_hw=(8, 8240), heads=in_one,
+        settings=NmsSettings(iou=0.0, max_det=20), max_candidates=1100,
+    )  # fmt: skip
     at_half = [heads[0].copy()]
     at_half[0][..., 4] = 0
     at_half[0][..., 5:] = 100
@@ -306,18 +348,19 @@ def letterbox_cases() -> Iterator[LetterboxCase]:
     yield LetterboxCase(name="rows apart, enlarged", image=apart, letterbox=Letterbox.fit((40, 60), 64, 8), schedule=1)
 
 
-def all_cases() -> list[NmsCase | LetterboxCase]:
+def all_cases() -> list[Case]:
     """What run_cases.cpp is given."""
-    return [*nms_cases(), far_case(), *letterbox_cases()]
+    return [sigmoid_case(), *nms_cases(), far_case(), *letterbox_cases()]
 
 
-def thread_cases() -> Iterator[NmsCase | LetterboxCase]:
+def thread_cases() -> Iterator[Case]:
     """Cases for the thread sanitizer, to which each barrier of 1024 threads costs milliseconds: few boxes are kept."""
     chosen = {
         "as in the contest": 4,
         "best class of 33, per class": 4,
         "three tiles, few boxes": 100,
         "over the cap in many blocks": 3,
+        "nothing passes": 1100,
     }
     for case in nms_cases():
         if case.name in chosen:
@@ -326,11 +369,17 @@ def thread_cases() -> Iterator[NmsCase | LetterboxCase]:
     yield from list(letterbox_cases())[:2]
 
 
-def write_cases(path: Path, cases: Sequence[NmsCase | LetterboxCase]) -> None:
+def write_cases(path: Path, cases: Sequence[Case]) -> None:
     """What run_cases.cpp reads: inputs and the right outputs, little-endian."""
     parts: list[bytes] = [struct.pack("<i", len(cases))]
     for case in cases:
-        parts += _nms_bytes(case) if isinstance(case, NmsCase) else _letterbox_bytes(case)
+        if isinstance(case, NmsCase):
+            parts += _nms_bytes(case)
+        elif isinstance(case, LetterboxCase):
+            parts += _letterbox_bytes(case)
+        else:
+            parts += [struct.pack("<i64s2i", 2, _name(case.name), 0, len(case.raw)), case.raw.tobytes()]
+            parts.append(case.expected().tobytes())
     path.write_bytes(b"".join(parts))
 
 

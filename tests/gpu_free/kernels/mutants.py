@@ -25,6 +25,7 @@ import click
 from tests.gpu_free.kernels.cases import (
     LetterboxCase,
     NmsCase,
+    SigmoidCase,
     all_cases,
     thread_cases,
     write_cases,
@@ -58,7 +59,7 @@ class Laboratory:
         self.folder = folder
         self.texts = {file: (KERNELS / file).read_text() for file in FILES}
         self.cases: dict[tuple[str, bool], Path] = {}
-        for file, kind in (("nms.cuh", NmsCase), ("letterbox.cuh", LetterboxCase)):
+        for file, kind in (("nms.cuh", NmsCase | SigmoidCase), ("letterbox.cuh", LetterboxCase)):
             for for_threads, cases in ((False, all_cases()), (True, [*thread_cases()])):
                 self.cases[file, for_threads] = folder / f"{file}-{for_threads}"
                 write_cases(self.cases[file, for_threads], [case for case in cases if isinstance(case, kind)])

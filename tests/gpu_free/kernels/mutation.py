@@ -76,8 +76,8 @@ _OPERAND = rf"-?(?:\w[\w.]*(?:<[^<>\n]*>)?(?:\({_BALANCED}\)|\[[^\[\]\n]*\])*|\(
 
 
 def _arguments_exchanged(code: str) -> Iterator[_Edit]:
-    """Two neighbours in the parentheses of a call."""
-    for match in re.finditer(rf"\w>?\((?=({_BALANCED})\))", code):
+    """Two neighbours in the parentheses of a call, but where their order means nothing."""
+    for match in re.finditer(rf"(?<!fminf)(?<!fmaxf)(?<=[\w>])\((?=({_BALANCED})\))", code):
         cuts, depth = [match.start(1)], 0
         for offset, character in enumerate(match[1], match.start(1)):
             depth += (character in "([{") - (character in ")]}")
@@ -161,7 +161,7 @@ OPERATORS: tuple[_Rule, ...] = (
     ("increment changed", _each(r"--(\w+)", lambda m: [f"{m[1]} -= 2"])),
     ("sign dropped", _each(r"(?<=[(= ])-(?=[\w(])(?!- )", _becomes(""))),
     ("constant off by one", _each(r"(?<![\w.])\d+u?(?![\w.])", _off_by_one)),
-    ("constant zeroed", _each(r"(?<![\w.])(?:[2-9]|[1-9]\d)\d*u?(?![\w.])|(?<![\w.])\d+\.\d*(?:e-\d+)?f",
+    ("constant zeroed", _each(r"(?<![\w.])(?:[2-9]|[1-9]\d)\d*u?(?![\w.])|(?<![\w.])(?!0\.f)\d+\.\d*(?:e-\d+)?f",
                               _becomes("0"))),
     ("constant off by a thousandth", _each(r"(?<![\w.])\d+\.\d*(?:e-\d+)?f", _becomes("({} * 1.001f + 1e-9f)"))),
     ("constant doubled", _each(r"(?<![\w.])\d+\.\d*(?:e-\d+)?f", _becomes("(2 * {} + 1e-3f)"))),
@@ -228,13 +228,13 @@ OPERATORS: tuple[_Rule, ...] = (
     ),
     ("jump changed", _each(r"(?<=\) )return;", _becomes(";"))),
     ("early return", _each(r"(?<=\n)( {4,})(?=[^\s}#/][^\n]*;\n)", _becomes("{}return; "))),
-    ("value zeroed", _each(r"\breturn ([^;\n]+);", lambda match: [] if match[1] == "0" else ["return {};"])),
+    ("value zeroed", _each(r"\breturn ([^;\n]+);", lambda match: [] if match[1] in ("0", "false") else ["return {};"])),
     ("step removed", _each(r"(?:\+\+\w+|\w+ &= [^;)]+)(?=[;)])", _becomes("(void)0"))),
     ("statement removed", _each(r"(?<=\n) *(?! |const|return|int|float|for|if|else|Key|Box|Span|using|break|continue"
                                 r"|\}|__)[^;{}\n]+;(?=\n)", _becomes(" ;"))),
     ("statement removed", _each(r"(?<=\) )\w[^\n;()]* = [^;\n]+;(?=\n)", _becomes(";"))),
     ("statement removed", _each(rf"(?<=\) )(?!return)\w+\({_BALANCED}\);(?=\n)", _becomes(";"))),
-    ("index changed", _each(r"(?<=[\w\])]\[)[^\[\]\n]+(?=\][^;{\n]*[;{)?])", _becomes("0", "{} + 1", "{} - 1"))),
+    ("index changed", _each(r"(?<=[\w\])]\[)(?!k[A-Z])[^\[\]\n]+(?=\])", _becomes("0", "{} + 1", "{} - 1"))),
     ("arguments exchanged", _arguments_exchanged),
     ("name exchanged", _each(r"(?<![\w>])(?:[a-z_]\w*)\b(?!\()",
                              lambda match: [_NEIGHBOURS[match[0]]] if match[0] in _NEIGHBOURS else [])),

@@ -18,6 +18,7 @@ void parkdet_sort(parkdet::NmsParameters);
 void parkdet_rank(parkdet::NmsParameters);
 void parkdet_suppress(parkdet::NmsParameters);
 void parkdet_letterbox(parkdet::LetterboxParameters);
+float sigmoid_under_test(float raw);
 }
 
 namespace {
@@ -209,6 +210,14 @@ void run_letterbox(unsigned schedule) {
     canvas.expect_from_file("canvas");
 }
 
+void run_sigmoid() {
+    const size_t count = read<unsigned>();
+    Memory<float> values(count);
+    values.fill_from_file();
+    for (size_t i = 0; i < count; ++i) values.data()[i] = sigmoid_under_test(values.data()[i]);
+    values.expect_from_file("values");
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -220,7 +229,8 @@ int main(int argc, char** argv) {
         if (fread(name, sizeof name, 1, file) != 1) return 3;
         const unsigned schedule = unsigned(read<int>());
         if (kind == 0) run_nms(schedule);
-        else run_letterbox(schedule);
+        else if (kind == 1) run_letterbox(schedule);
+        else run_sigmoid();
         if (failures) break;
     }
     return failures ? 1 : 0;

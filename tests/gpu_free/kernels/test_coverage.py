@@ -29,10 +29,13 @@ def test_every_line_is_run(tmp_path: Path) -> None:
     gxx = compiler()
     assert gxx is not None
     include = (f"-I{SHIM}", f"-I{KERNELS}")
-    run(gxx, *FLAGS, "-O0", "--coverage", *include, "-c", HERE / "run_cases.cpp", "-o", "run_cases.o")
-    run(gxx, "--coverage", "run_cases.o", scheduler_object(), "-o", "run_cases")
+    units = ("device_code", "run_cases")
+    for unit in units:
+        run(gxx, *FLAGS, "-O0", "--coverage", *include, "-c", HERE / f"{unit}.cpp", "-o", f"{unit}.o")
+    run(gxx, "--coverage", *(f"{unit}.o" for unit in units), scheduler_object(), "-o", "run_cases")
     run("./run_cases", "cases", "200")
-    for file in json.loads(run("gcov", "--stdout", "--json-format", "run_cases.gcda"))["files"]:
+    said = [json.loads(run("gcov", "--stdout", "--json-format", f"{unit}.gcda")) for unit in units]
+    for file in [file for unit in said for file in unit["files"]]:
         name = Path(file["file"]).name
         if name not in UNREACHED:
             continue
