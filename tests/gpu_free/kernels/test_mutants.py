@@ -11,7 +11,7 @@ from tests.gpu_free.kernels.simulation import KERNELS, compiler
 
 
 def test_every_operator_applies_somewhere() -> None:
-    assert {mutant.operator for mutant in mutants(KERNELS)} == {name for name, _, _ in OPERATORS}
+    assert {mutant.operator for mutant in mutants(KERNELS)} == {name for name, _ in OPERATORS}
 
 
 def test_blanking_moves_nothing() -> None:
@@ -28,9 +28,20 @@ def test_every_listed_survivor_is_a_mutant_of_these_sources() -> None:
     assert not stale, f"{SURVIVORS} lists what is no mutant (any more)"
 
 
+needs_compiler = pytest.mark.skipif(compiler() is None, reason="no g++ (or what CXX names)")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.skipif(compiler() is None, reason="no g++ (or what CXX names)")
+@needs_compiler
+def test_a_sample_of_all_mutants_is_found_out() -> None:
+    done = CliRunner().invoke(main, ["--sample", "60"])
+    assert done.exit_code == 0, done.output
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@needs_compiler
 def test_every_barrier_and_every_atomic_is_needed() -> None:
     """All mutants take long (CONTRIBUTING.md has the command); these are what no result need show on one processor."""
     done = CliRunner().invoke(main, ["--only", "barrier removed|atomic made plain"])
