@@ -232,7 +232,8 @@ def test_the_plugin_through_trtexec(gpu: Device, tmp_path: Path, repository: Pat
     graph = tmp_path / "plugin.onnx"
     _plugin_graph(graph)
     run = subprocess.run(
-        ["trtexec", f"--onnx={graph}", f"--dynamicPlugins={build / 'libparkdet_nms.so'}", "--iterations=100"],
+        ["trtexec", f"--onnx={graph}", "--stronglyTyped", f"--dynamicPlugins={build / 'libparkdet_nms.so'}",
+         "--iterations=100"],
         capture_output=True, text=True, check=False, timeout=900,
     )  # fmt: skip
     told = ("Throughput", "GPU Compute Time")
