@@ -102,7 +102,8 @@ def tensorrt_double(flavour: str) -> Any:
 
         def get_tensor_mode(self, name: str) -> Any:
             mode = surface.enumerations["TensorIOMode"]
-            return mode.INPUT if name == self._input.name else mode.OUTPUT
+            usual = mode.INPUT if name == self._input.name else mode.OUTPUT
+            return answer("ICudaEngine", "get_tensor_mode", usual)
 
         def get_tensor_location(self, name: str) -> Any:
             assert name

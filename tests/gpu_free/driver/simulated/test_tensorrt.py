@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from parkdet.runtime import engine_sidecar
+from parkdet.runtime.backends import tensorrt_memory
 from parkdet.runtime.backends.base import BackendOptions, FinishingBackend, open_backend
 from parkdet.runtime.backends.tensorrt import DeviceImage, TensorRtBackend
 from parkdet.runtime.cuda.driver import Device, Event, Stream, call
@@ -168,6 +169,19 @@ def test_other_pictures_and_other_settings_are_not_mixed_up_by_graphs(backend: T
         with TensorRtBackend(engine, BackendOptions(device="cuda:0")) as fresh:
             expected = fresh.detect(*batch, nms)
         assert all(same(found[index], expected) for found in rounds)
+
+
+def test_of_many_recorded_batches_the_least_used_are_given_back(
+    backend: TensorRtBackend, simulation: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt_memory, "_KEPT_GRAPHS", 1)
+    batch, others = batch_of(2, 1), NmsSettings(conf=0.4, max_det=5)
+    first = [backend.detect(*batch, nms) for nms in (NMS, others)]
+    for _ in range(2):
+        for nms, expected in zip((NMS, others), first, strict=True):
+            assert all(same(backend.detect(*batch, nms), expected) for _ in range(6))
+    calls = simulation.calls()
+    assert calls.count("cuStreamBeginCapture") - calls.count("cuGraphExecDestroy") == 2  # one a slot
 
 
 @pytest.mark.parametrize("flavour", ["11", "rtx"])

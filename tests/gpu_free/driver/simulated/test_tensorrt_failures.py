@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from parkdet.runtime.backends.base import BackendOptions
+from parkdet.runtime.backends.base import BackendOptions, open_backend
 from parkdet.runtime.backends.tensorrt import TensorRtBackend
 from parkdet.runtime.cuda.driver import DriverError
-from parkdet.runtime.errors import ParkdetError
-from tests.gpu_free.driver.simulated.engines import CANVAS, NMS, batch_of
+from parkdet.runtime.errors import ArtifactError, ParkdetError, UsageError
+from tests.gpu_free.driver.simulated.engines import CANVAS, NMS, batch_of, same
 
 LAUNCH_FAILED = 719
 
@@ -83,3 +83,40 @@ def test_threads_that_meet_a_failure_leave_nothing_behind(trt: Any, engine: Path
             list(pool.map(lambda seed: work(backend, seed), range(8)))
     assert errors
     assert set(errors) == {"CUDA_ERROR_LAUNCH_FAILED"}
+
+
+def test_an_engine_that_fails_while_it_is_recorded_runs_again_when_it_is_well(
+    backend: TensorRtBackend, trt: Any, simulation: Any
+) -> None:
+    assert simulation is not None
+    batch = batch_of(1, 0)
+    first = [backend.detect(*batch, NMS) for _ in range(2)]  # both slots
+    trt.answers["IExecutionContext", "execute_async_v3"] = False
+    with pytest.raises(ParkdetError, match="the engine is unwell; and says why"):
+        backend.detect(*batch, NMS)
+    trt.answers.clear()
+    assert all(same(backend.detect(*batch, NMS), first[0]) for _ in range(4))
+
+
+@pytest.mark.parametrize(
+    ("method", "enumeration", "value", "words"),
+    [
+        ("get_tensor_mode", "TensorIOMode", "INPUT", "has 3 inputs, not one of images"),
+        ("get_tensor_location", "TensorLocation", "HOST", "in host memory"),
+    ],
+)
+def test_engines_of_other_makes_are_refused(
+    trt: Any, engine: Path, simulation: Any, method: str, enumeration: str, value: str, words: str
+) -> None:
+    assert simulation is not None
+    trt.answers.messages = ()
+    trt.answers["ICudaEngine", method] = trt.surface.enumerations[enumeration][value]
+    with pytest.raises(ArtifactError, match=words):
+        open_backend(engine)
+
+
+def test_a_folder_without_an_engine_is_refused(trt: Any, simulation: Any, tmp_path: Path) -> None:
+    assert trt is not None
+    assert simulation is not None
+    with pytest.raises(UsageError, match=r"holds no engine; 'parkdet export --engine tensorrt' makes one"):
+        TensorRtBackend(tmp_path, BackendOptions(device="cuda:0"))
