@@ -2,8 +2,8 @@
 
 Each is compiled for the CPU and run over the cases of cases.py; then, if it gave the right results, again with the
 address and undefined-behaviour sanitizers, and with the thread sanitizer, which sees a missing barrier whatever came
-of it. A mutant that passes all must stand in survivors.toml with the proof that it is no error. A core to itself does
-about a hundred a minute; those that the results do not tell take a quarter of a minute each.
+of it. A mutant that passes all must stand in survivors.toml with the proof that it is no error. Most take half a second
+of a core, those that the results do not tell some 12 s; of the 3,977 of them, about 300.
 """
 
 from __future__ import annotations
