@@ -17,7 +17,8 @@ import cv2
 import numpy as np
 import pytest
 
-from parkdet.train.data.augment import AugmentSettings
+from parkdet.runtime.images import read_image
+from parkdet.train.data.augment import AugmentSettings, to_long_side
 from parkdet.train.data.image_store import CacheMode
 from parkdet.train.data.loader import TrainingLoader, TrainingSet
 from parkdet.train.data.samples import Sample
@@ -129,3 +130,18 @@ def test_images_a_second_from_a_cache(tmp_path: Path, cache: CacheMode, monkeypa
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     kind = "640 x 480 JPEG"
     print(f"\n{kind}, cache={cache}: {ours(draw_set(tmp_path, kind)[:600], cache):.1f} images/s")
+
+
+@pytest.mark.bench
+def test_how_near_scaled_jpegs_come_to_the_average(tmp_path: Path) -> None:
+    """Mean difference from decoding all pixels and averaging over areas, as validation and inference do."""
+    nearness = []
+    for number in range(8):
+        path = tmp_path / f"{number}.jpg"
+        draw(path, (1080, 1920), number)
+        whole = read_image(path)
+        area = cv2.resize(whole, (640, 360), interpolation=cv2.INTER_AREA).astype(float)
+        reduced = to_long_side(read_image(path, least_hw=(360, 640)), (360, 640))
+        nearness.append([np.abs(area - image).mean() for image in (reduced, to_long_side(whole, (360, 640)))])
+    reduced_error, linear = np.mean(nearness, axis=0)
+    print(f"\n1080p JPEG to 640 px: {reduced_error:.2f} grey levels from the average; all pixels, linear: {linear:.2f}")

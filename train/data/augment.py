@@ -60,7 +60,7 @@ class AugmentSettings(Settings):
     """Probability of a mosaic of four images in place of one letterboxed image."""
     mosaic_window: int = Field(default=256, ge=0)
     """A mosaic's other images are drawn from so many places of the epoch, those up to its own, and kept in memory so
-    long: an image is then decoded about once an epoch, not four times. 0: from all places."""
+    long: an image is then decoded about once an epoch, not four times. 0: from all (at no cost with cache=ram)."""
     mixup: float = Field(default=0.0, ge=0, le=1)
     """Probability of blending a mosaic with a second one."""
     copy_paste: float = Field(default=0.0, ge=0, le=1)
