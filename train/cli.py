@@ -19,7 +19,9 @@ _LATEST = "\0latest"
 """What `--resume` without a value stands for; no path can be it."""
 SPIN_COUNT = "10000"
 """Turns that a waiting thread of OpenMP's makes before it sleeps: about 0.2 ms, longer than from one operation to the
-next. libgomp has 300,000, which is longer than a process's turn on the core."""
+next. libgomp has 300,000, which is longer than a process's turn on the core. A step of yolov5n (320 px, batch 16) on
+two cores took 0.50 s with this, 0.51 with libgomp's, 0.57 with none (best of four); beside one busy process 1.42, 1.59
+and 1.14 (median of three); beside several, at worst: 1.7, 7.5, 0.9."""
 
 
 def _say(line: str) -> None:
