@@ -16,7 +16,9 @@ from parkdet.runtime import engine_sidecar
 from parkdet.train.model.network import build_network
 from tests.train.test_checkpoint import write_public
 
-MEMORY_BYTES = 4_000_000_000
+GRAPH_BYTES = 4_000_000_000
+GATE_BYTES = 5_500_000_000
+"""With what the gate opens beside the checkpoint, one after the other: 4.8 GB were measured."""
 
 _GRAPH = """
 import sys
@@ -61,7 +63,7 @@ def x6(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_graph_of_three_views_at_the_contests_canvas(x6: Path, tmp_path: Path) -> None:
     import onnx
 
-    assert peak_bytes(_GRAPH, x6, tmp_path / "x6.onnx") < MEMORY_BYTES
+    assert peak_bytes(_GRAPH, x6, tmp_path / "x6.onnx") < GRAPH_BYTES
     model = onnx.load(tmp_path / "x6.onnx")
     weights = sum(tensor.ByteSize() for tensor in model.graph.initializer)
     assert 275e6 < weights < 285e6  # 140 million in float16, once for all views
@@ -82,7 +84,7 @@ def test_from_a_public_file_to_engines(x6: Path) -> None:
     peak = peak_bytes(
         _COMMAND, "export", "--weights", x6, "--canvas", "128x192", "--engine", "tensorrt-rtx", "--arch", "75,86,120"
     )
-    assert peak < MEMORY_BYTES
+    assert peak < GATE_BYTES
     graph = x6.with_name("yolov5x6.fp16.onnx")
     assert json.loads(x6.with_name(f"{graph.name}.parity.json").read_text())["passed"]
     for name, architecture in (("sm75", 75), ("sm86-120", 120)):
