@@ -16,7 +16,7 @@ from parkdet.export.engine import (
     targets,
     write_engine,
 )
-from parkdet.export.exporter import ExportJob, export_graph, prepared, prove, settle
+from parkdet.export.exporter import ExportJob, export_graph, give_back_freed_memory, prepared, prove, settle
 from parkdet.export.tensorrt_build import BuildSettings, Say, load_bindings
 from parkdet.runtime import engine_sidecar
 from parkdet.runtime.engine_sidecar import ShapeRange, architecture_of
@@ -38,6 +38,7 @@ def export_engines(options: ExportOptions, say: Say) -> list[Path]:
     for group in groups:
         architectures = group or ((gpu.architecture,) if gpu else ())
         say(f"engine: {engine.flavour} {trt.__version__} for {', '.join(map(str, architectures))} ...")
+        give_back_freed_memory()
         written.append(_export_engine(job, spec, engine, architectures, gpu, trt, say))
     return written
 
