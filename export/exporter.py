@@ -83,7 +83,6 @@ def export_onnx(options: ExportOptions, say: Say) -> Path:
 def prepared(options: ExportOptions, say: Say) -> ExportJob:
     """Check what was asked for before any work is done, and open the checkpoint."""
     output = _output(options)
-    say(f"reading {options.weights} ...")
     checkpoint = load_checkpoint(options.weights)
     network = checkpoint.model
     asked = {"imgsz": options.imgsz, "conf": options.conf, "iou": options.iou, "max_det": options.max_det}

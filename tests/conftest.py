@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -28,6 +29,12 @@ class RunCli(Protocol):
     """The type of the fixture `run_cli`."""
 
     def __call__(self, *arguments: str | Path) -> Outcome: ...
+
+
+def pytest_configure() -> None:
+    """A shell that starts its job in the background has it, and what it starts, ignore Ctrl-C: the tests send it."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -48,7 +48,7 @@ def test_a_checkpoint_is_exported_once_and_after_every_change(
     code, _, err = run_cli(*command)
     assert code == 0, err
     assert "exporting" in err
-    assert "on 3 images of" in err  # proven on the very images that are to be run
+    assert "gate: 3 images of" in err  # proven on the very images that are to be run
     first = (tmp_path / "best.onnx").read_bytes()
     assert len(read_predictions(tmp_path / "runs" / "exp")) > 0
 
