@@ -18,6 +18,7 @@ from parkdet.export.plugin_node import DOMAIN, OPERATOR
 from parkdet.runtime.engine_sidecar import Flavour, HardwareCompatibility, ShapeRange
 from parkdet.runtime.errors import ArtifactError, Interrupted, UsageError
 from parkdet.runtime.model_spec import ModelSpec, TensorSpec
+from parkdet.runtime.terminal import stop_signals
 
 Say = Callable[[str], None]
 _PACKAGES: dict[Flavour, tuple[str, str]] = {
@@ -100,6 +101,18 @@ def build_engine(
     `timings` are those of an earlier build on the same GPU, version and graph (empty: none). Interrupted where the
     user stops it: TensorRT is asked to leave off at its next step.
     """
+    with stop_signals("Stopping the engine's build ...", insisting=False) as stop:
+        built = _built(trt, graph, graph_name, spec, settings, say, timings, stop)
+        if built is None or stop.is_set():
+            raise Interrupted(f"{graph_name}: the engine's build was stopped; nothing was written")
+    return built
+
+
+def _built(
+    trt: Any, graph: bytes, graph_name: str, spec: ModelSpec, settings: BuildSettings, say: Say, timings: bytes,
+    stop: threading.Event,
+) -> Built | None:  # fmt: skip
+    """The engine; None where it was stopped."""
     session = _Session(trt, settings.flavour, graph_name)
     started = time.perf_counter()
     try:
@@ -124,11 +137,10 @@ def build_engine(
     if settings.flavour == "tensorrt":
         cache = session.demand(config.create_timing_cache(timings), "makes no timing cache")
         session.demand(config.set_timing_cache(cache, False), "takes no timing cache")
-    monitor = _monitor(trt, say)
-    config.progress_monitor = monitor
-    plan = _build_interruptibly(builder, network, config, monitor)
-    if monitor.stopped:
-        raise Interrupted(f"{graph_name}: the engine's build was stopped; nothing was written")
+    config.progress_monitor = _monitor(trt, say, stop)
+    plan = _build_interruptibly(builder, network, config)
+    if stop.is_set():
+        return None
     content = bytes(session.demand(plan, "built no engine"))
     if settings.flavour == "tensorrt-rtx":
         _check_validity(trt, session, content)
@@ -244,24 +256,25 @@ def _compare(
                 )
 
 
-def _build_interruptibly(builder: Any, network: Any, config: Any, monitor: Any) -> Any:
-    """The build in a thread of its own, so that Ctrl-C reaches us while the native call runs."""
+def _build_interruptibly(builder: Any, network: Any, config: Any) -> Any:
+    """The build in a thread of its own, so that signals reach us while the native call runs."""
     answer: list[Any] = []
     failure: list[BaseException] = []
+    done = threading.Event()
 
     def work() -> None:
         try:
             answer.append(builder.build_serialized_network(network, config))
         except BaseException as error:  # raised again below, in the thread that waits
             failure.append(error)
+        finally:
+            done.set()
 
     thread = threading.Thread(target=work, name="tensorrt-build", daemon=True)
     thread.start()
-    while thread.is_alive():
-        try:
-            thread.join(0.2)
-        except KeyboardInterrupt:
-            monitor.stopped = True
+    while not done.wait(0.2):
+        pass
+    thread.join()
     if failure:
         raise failure[0]
     return answer[0]
@@ -289,13 +302,12 @@ def _logger(trt: Any, lines: list[str]) -> Any:
     return BuildLogger()
 
 
-def _monitor(trt: Any, say: Say) -> Any:
-    """Progress in a line every few seconds; `stopped = True` ends the build at its next step."""
+def _monitor(trt: Any, say: Say, stop: threading.Event) -> Any:
+    """Progress in a line every few seconds; `stop` ends the build at its next step."""
 
     class BuildProgress(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
-            self.stopped = False
             self._steps: dict[str, int] = {}
             self._said = time.monotonic()
             self._lock = threading.Lock()  # TensorRT calls from several threads
@@ -311,7 +323,7 @@ def _monitor(trt: Any, say: Say) -> Any:
                 if now - self._said >= _SAY_EVERY:
                     self._said = now
                     say(f"engine: {phase_name}, step {step + 1} of {self._steps.get(phase_name, step + 1)}")
-            return not self.stopped
+            return not stop.is_set()
 
         def phase_finish(self, phase_name: str) -> None:
             with self._lock:

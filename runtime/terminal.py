@@ -15,20 +15,25 @@ PLAIN_PROGRESS_SECONDS = 5.0
 
 
 @contextmanager
-def stop_signals() -> Iterator[threading.Event]:
-    """An event that Ctrl-C or a termination signal sets; a second Ctrl-C stops at once."""
+def stop_signals(
+    message: str = "Stopping: finishing and saving what is in progress ...", insisting: bool = True
+) -> Iterator[threading.Event]:
+    """An event that Ctrl-C or a termination signal sets; a second Ctrl-C stops at once if `insisting` helps.
+
+    It does not where native code calls back into Python: an exception of a callback is lost, or ends the process.
+    """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
 
     def ask(number: int, _frame: object) -> None:
-        if stop.is_set() and number == signal.SIGINT:
+        if insisting and stop.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
         if not stop.is_set():
             # Not through sys.stderr: the signal may have come while the same thread was writing there.
             with suppress(OSError):
-                os.write(2, b"\nStopping: finishing and saving what is in progress ...\n")
+                os.write(2, f"\n{message}\n".encode())
         stop.set()
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}

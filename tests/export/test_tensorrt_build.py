@@ -9,6 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import os
+import signal
+import time
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -158,9 +162,13 @@ def tensorrt(recorded: str, **answers: Any) -> Any:
         def build_serialized_network(self, network: Any, config: Any) -> Any:
             monitor = config.progress_monitor
             monitor.phase_start("kernels", "", 2)
-            if answers.get("interrupt"):
-                monitor.stopped = True
+            if answers.get("interrupt") == "build":
+                os.kill(os.getpid(), signal.SIGINT)
             going = monitor.step_complete("kernels", 0)
+            until = time.monotonic() + 10
+            while going and answers.get("interrupt"):
+                assert time.monotonic() < until, "nobody stops the build"
+                going = monitor.step_complete("kernels", 1)
             monitor.phase_finish("kernels")
             self._logger.log(SimpleNamespace(name="ERROR"), "what TensorRT says")
             return answers.get("build", PLAN) if going else None
@@ -182,6 +190,9 @@ def tensorrt(recorded: str, **answers: Any) -> Any:
             pass
 
         def parse(self, model: bytes, path: str | None = None) -> bool:
+            if answers.get("interrupt") == "parse":
+                with suppress(KeyboardInterrupt):  # as the bindings do with an exception of a callback
+                    signal.raise_signal(signal.SIGINT)
             return bool(answers.get("parse", True))
 
         def get_error(self, index: int) -> Any:
@@ -331,8 +342,9 @@ def test_progress_is_told_and_a_stop_ends_the_build(
     said: list[str] = []
     build(tensorrt(recorded), settings(flavour), say=said.append)
     assert said == ["engine: kernels, step 1 of 2"]
-    with pytest.raises(Interrupted, match="nothing was written"):
-        build(tensorrt(recorded, interrupt=True), settings(flavour))
+    for moment in ("parse", "build"):
+        with pytest.raises(Interrupted, match="nothing was written"):
+            build(tensorrt(recorded, interrupt=moment), settings(flavour))
 
 
 @pytest.mark.parametrize("level", ["ampere-plus", "same-compute-capability"])
