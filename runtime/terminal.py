@@ -51,11 +51,22 @@ def interrupts_held_back(*numbers: signal.Signals) -> Iterator[None]:
     SIGINT when none is named. Ctrl-C reaches every process of the terminal: a worker that met it while it still
     imports, before it can ignore it, would print a traceback.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers or {signal.SIGINT})
+    blocked = numbers or (signal.SIGINT,)
+    held: list[int] = []
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        # The mask is this thread's: one of a library may take the signal, and Python's handler then runs here.
+        answered = [number for number in blocked if callable(signal.getsignal(number))]
+        handlers = {number: signal.signal(number, lambda one, _frame: held.append(one)) for number in answered}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for late in held:
+            signal.raise_signal(late)
 
 
 @contextmanager
