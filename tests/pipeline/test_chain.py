@@ -59,9 +59,10 @@ def test_from_a_data_folder_to_a_submission(rectangles: Path, tmp_path: Path, st
     graph = Path(out.strip().splitlines()[-1])
     report = json.loads(graph.with_name("best.onnx.parity.json").read_text())
     assert report["passed"]
-    (compared,) = report["compared"]
-    assert compared["unmatched"] == 0
-    assert compared["detections"] > 0
+    # Where the processor has bf16, a second row tells of what `infer` will compute there; it is no gate's matter.
+    in_float32, *_ = report["compared"]
+    assert in_float32["unmatched"] == 0
+    assert in_float32["detections"] > 0
 
     folders = {}
     for backend in ("openvino", "onnxruntime"):
