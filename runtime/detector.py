@@ -50,7 +50,7 @@ class Detector:
         multi_label: bool = False,
         agnostic: bool = False,
         tta: bool = False,
-        device: str | None = None,
+        device: str | int | None = None,
         backend: str | None = None,
         precision: Precision | None = None,
         imgsz: int | None = None,
@@ -66,9 +66,13 @@ class Detector:
             self.nms = NmsSettings(conf=conf, iou=iou, max_det=max_det, multi_label=multi_label, agnostic=agnostic)
         except ValueError as error:
             raise UsageError(str(error)) from error
-        if imgsz is not None and imgsz < 1:
-            raise UsageError(f"imgsz must be at least 1, not {imgsz}")
-        self._backend = open_backend(path, backend, device, goal="latency", precision=precision)
+        except TypeError as error:
+            raise UsageError(f"conf, iou and max_det are numbers, not {conf!r}, {iou!r} and {max_det!r}") from error
+        if imgsz is not None and (not isinstance(imgsz, int) or imgsz < 1):
+            raise UsageError(f"imgsz is the length of the long side, a whole number from 1 on, not {imgsz!r}")
+        self._backend = open_backend(
+            path, backend, None if device is None else str(device), goal="latency", precision=precision
+        )
         try:
             refuse_unfit_views(self._backend.spec, tta, path)
         except UsageError:
@@ -90,6 +94,8 @@ class Detector:
 
         Images of one canvas size run together, as many at once as the backend gains by.
         """
+        if isinstance(images, (str, bytes, os.PathLike)):
+            raise UsageError(f"batch takes several images, not {images!r}: call the detector itself, or .folder")
         pictures = [_pixels(image) for image in images]
         letterboxes = [fit_letterbox((image.shape[0], image.shape[1]), self.imgsz, self._backend) for image in pictures]
         groups: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
@@ -162,8 +168,29 @@ def _read(path: Path) -> tuple[Path, ImageArray | DataError]:
 
 
 def _pixels(image: Picture) -> ImageArray:
-    if not isinstance(image, np.ndarray):
+    if isinstance(image, (str, os.PathLike)):
         return read_image(image)
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
-        raise UsageError(f"an image is BGR (h, w, 3) uint8 with at least one pixel, not {image.shape} {image.dtype}")
-    return image
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,) and image.size:
+        return image
+    raise UsageError(
+        f"an image is BGR (h, w, 3) uint8 with at least one pixel, or the path of a file, not {_described(image)}"
+    )
+
+
+def _described(wrong: object) -> str:
+    """What was given in an image's place, and how to make an image of it."""
+    if isinstance(wrong, np.ndarray):
+        remedy = ""
+        if wrong.ndim == 2:
+            remedy = "; of a grey one: cv2.cvtColor(image, cv2.COLOR_GRAY2BGR)"
+        elif wrong.ndim == 4:
+            remedy = "; several images go to .batch"
+        return f"{wrong.shape} {wrong.dtype}{remedy}"
+    kind = type(wrong).__name__
+    if isinstance(wrong, (list, tuple)):
+        return f"a {kind}; several images go to .batch"
+    if isinstance(wrong, bytes):
+        return f"{kind}; of a file's: cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)"
+    if hasattr(wrong, "convert") and hasattr(wrong, "getbands"):  # Pillow's
+        return f"a {kind}; of one of Pillow's: np.asarray(image.convert('RGB'))[..., ::-1]"
+    return f"a {kind}"

@@ -6,16 +6,19 @@ open and two reads. Only what is odd is read further: long metadata, bytes after
 
 from __future__ import annotations
 
-import mmap
 import os
 import stat
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from struct import unpack_from
 
 _WINDOW = 4096
 """Bytes read at either end of a file, and at each further stop."""
+_STRIDE = 1 << 20
+"""Bytes read at once where a whole file is searched."""
+MAX_FILE_BYTES = 2**31 - 1
+"""Above this a file is refused before it is read: OpenCV counts the bytes of what it decodes in 31 bits."""
 
 
 class Problem(StrEnum):
@@ -25,7 +28,9 @@ class Problem(StrEnum):
     UNREADABLE = "cannot be read"
     EMPTY = "has zero bytes"
     NOT_AN_IMAGE = "is not a PNG, JPEG, BMP or WebP image"
+    NOT_DECODED = "is of a kind that is not decoded"
     DAMAGED_HEAD = "has a damaged header"
+    TOO_LARGE = f"is larger than the {MAX_FILE_BYTES:,} bytes that can be decoded"
     TRUNCATED_HEAD = "is cut off inside its header"
     TRUNCATED_TAIL = "is cut off: its end is missing"
 
@@ -44,6 +49,8 @@ class ImageHeader:
     problem: str | None = None
     """Completes the sentence "FILE: ..."; None for a file that is whole at both ends."""
     kind: Problem | None = None
+    file_bytes: int = 0
+    """Size of the file when its header was read; 0 where it could not be."""
 
 
 class _OddError(Exception):
@@ -79,8 +86,12 @@ class _Ends:
 
     def find(self, marker: bytes, start: int) -> bool:
         """True when `marker` stands at or behind `start`; reads the whole file."""
-        with mmap.mmap(self.fd, 0, access=mmap.ACCESS_READ) as content:
-            return content.find(marker, start) >= 0
+        # Not by mmap: a file that another program cuts meanwhile would end this one with SIGBUS.
+        while len(block := os.pread(self.fd, _STRIDE, start)) >= len(marker):
+            if marker in block:
+                return True
+            start += len(block) - len(marker) + 1
+        return False
 
 
 def read_header(path: str | os.PathLike[str]) -> ImageHeader:
@@ -105,7 +116,9 @@ def _read(path: str | os.PathLike[str]) -> ImageHeader:
             raise _OddError(Problem.UNREADABLE, reason="it is not a regular file")
         if status.st_size == 0:
             raise _OddError(Problem.EMPTY)
-        return _parse(_Ends(fd, status.st_size))
+        if status.st_size > MAX_FILE_BYTES:
+            raise _OddError(Problem.TOO_LARGE)
+        return replace(_parse(_Ends(fd, status.st_size)), file_bytes=status.st_size)
     finally:
         os.close(fd)
 
@@ -188,6 +201,8 @@ def _png_chunks_reach_end(ends: _Ends, offset: int) -> bool:
 
 _JPEG_WITHOUT_LENGTH = frozenset((0x01, *range(0xD0, 0xD8)))
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_JPEG_NOT_DECODED = _JPEG_FRAMES - {0xC0, 0xC1, 0xC2, 0xC9, 0xCA}
+"""Frames of the lossless and the hierarchical processes, which libjpeg does not know."""
 
 
 def _jpeg(ends: _Ends) -> ImageHeader:
@@ -214,7 +229,10 @@ def _jpeg(ends: _Ends) -> ImageHeader:
             frame = ends.bytes_at(offset + 4, 5)
             if len(frame) < 5:
                 raise _OddError(Problem.TRUNCATED_HEAD, "JPEG")
-            _, height, width = unpack_from(">BHH", frame)
+            depth, height, width = unpack_from(">BHH", frame)
+            if depth != 8 or marker in _JPEG_NOT_DECODED:
+                kind = f"{depth} bits a channel" if depth != 8 else "lossless or hierarchical"
+                raise _OddError(Problem.NOT_DECODED, "JPEG", f"{kind}; save it as an 8-bit baseline JPEG or PNG")
         elif marker == 0xE1 and orientation is None:
             segment = ends.bytes_at(offset + 4, length - 2)
             if segment.startswith(b"Exif\0"):

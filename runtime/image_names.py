@@ -10,6 +10,7 @@ import os
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -44,7 +45,10 @@ class NameMatches:
 
 
 def list_files(folder: Path) -> list[str]:
-    """All files below `folder` as paths relative to it, with `/`, unsorted. One listing a folder, no stat."""
+    """All files below `folder` as paths relative to it, with `/`, unsorted. One listing a folder, no stat.
+
+    DataError when `folder` cannot be listed; what is in a folder below it that cannot be, is not there.
+    """
     found: list[str] = []
     seen: set[tuple[int, int]] = set()
     waiting = [""]
@@ -58,11 +62,14 @@ def list_files(folder: Path) -> list[str]:
             seen.add((status.st_dev, status.st_ino))
             with os.scandir(here) as entries:
                 for entry in entries:
-                    if entry.is_dir():
-                        waiting.append(f"{prefix}{entry.name}/")
-                    elif entry.is_file():
-                        found.append(prefix + entry.name)
+                    with suppress(OSError):  # a link in a circle is neither
+                        if entry.is_dir():
+                            waiting.append(f"{prefix}{entry.name}/")
+                        elif entry.is_file():
+                            found.append(prefix + entry.name)
         except OSError as error:
+            if prefix:  # such as the lost+found of a mounted disk
+                continue
             raise DataError(
                 f"{folder / prefix}: the folder of images cannot be listed ({error.strerror}); "
                 "put the images there or correct --data"

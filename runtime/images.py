@@ -9,7 +9,7 @@ import numpy as np
 
 from parkdet.runtime.errors import DataError, UsageError
 from parkdet.runtime.geometry import ImageArray
-from parkdet.runtime.image_headers import read_header
+from parkdet.runtime.image_headers import ImageHeader, read_header
 from parkdet.runtime.image_names import IMAGE_EXTENSIONS
 
 MAX_PIXELS = 500_000_000
@@ -17,20 +17,24 @@ MAX_PIXELS = 500_000_000
 
 
 def read_image(
-    path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS, least_hw: tuple[int, int] | None = None
+    path: str | os.PathLike[str],
+    max_pixels: int = MAX_PIXELS,
+    least_hw: tuple[int, int] | None = None,
+    header: ImageHeader | None = None,
 ) -> ImageArray:
     """Decode one file to BGR (h, w, 3) uint8 as `cv2.imread(path, cv2.IMREAD_COLOR)` does.
 
     With `least_hw` a JPEG is decoded at 1/2, 1/4 or 1/8 of its sides, rounded up, the smallest at which neither falls
-    below these: the decoder then averages its pixels for less than they would cost.
+    below these: the decoder then averages its pixels for less than they would cost. `header`: the file's, where it
+    has been read already.
 
     The EXIF orientation is applied; grey, palette and CMYK images become BGR, alpha is dropped, 16 bits a
     channel become 8. DataError names the file and the reason: missing, zero bytes, not an image, cut off,
-    more than `max_pixels` (read from the header, before anything is decoded), damaged.
+    more than `max_pixels` (read from the header, before anything is decoded), damaged, changed meanwhile.
     """
     import cv2
 
-    header = read_header(path)
+    header = header or read_header(path)
     if header.problem is not None:
         raise DataError(f"{os.fspath(path)}: {header.problem}")
     if header.width * header.height > max_pixels:
@@ -40,9 +44,12 @@ def read_image(
         )
     try:
         # Not cv2.imread: it decodes file names by the system's code page on some platforms.
-        encoded = np.fromfile(path, np.uint8)
-    except OSError as error:
-        raise DataError(f"{os.fspath(path)}: cannot be read ({error.strerror or error})") from error
+        encoded = np.fromfile(path, np.uint8, header.file_bytes + 1)
+    except (OSError, MemoryError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise DataError(f"{os.fspath(path)}: cannot be read ({reason})") from error
+    if len(encoded) != header.file_bytes:
+        raise DataError(f"{os.fspath(path)}: was changed while it was read; run again when it is whole")
     mode = cv2.IMREAD_COLOR
     if least_hw is not None and header.format == "JPEG":
         mode = {
@@ -74,6 +81,7 @@ def reduction(image_hw: tuple[int, int], least_hw: tuple[int, int]) -> int:
 def list_images(source: str | os.PathLike[str]) -> list[Path]:
     """The images directly in a folder, by suffix, sorted by name; or the one file that `source` names.
 
+    Hidden files are none: macOS puts a `._a.jpg` beside a.jpg on foreign disks.
     UsageError when the path does not exist or the folder holds no image.
     """
     path = Path(source)
@@ -82,7 +90,11 @@ def list_images(source: str | os.PathLike[str]) -> list[Path]:
     if not path.is_dir():
         raise UsageError(f"{path}: there is no such file or folder")
     images = sorted(
-        (entry for entry in path.iterdir() if entry.suffix.lower() in IMAGE_EXTENSIONS and not entry.is_dir()),
+        (
+            entry
+            for entry in path.iterdir()
+            if entry.suffix.lower() in IMAGE_EXTENSIONS and not entry.name.startswith(".") and not entry.is_dir()
+        ),
         key=lambda entry: entry.name,
     )
     if not images:

@@ -116,9 +116,10 @@ def run_inference(artifact: Path, options: InferOptions) -> InferReport:
         fingerprint = fingerprint_of(plans, settings, items)
         file_bytes = {item.image_id: item.file_bytes() for item in items}
         folder = _run_folder(options, fingerprint, file_bytes)
-        click.echo(f"Run folder: {folder}")
-        click.echo(_what_runs(plans, settings.nms), err=True)
         with RunStore(folder, fingerprint, file_bytes, settings.keep_candidates) as store:
+            # Not before the folder says whose it is: until then a kill leaves one that nobody goes on with.
+            click.echo(f"Run folder: {folder}")
+            click.echo(_what_runs(plans, settings.nms), err=True)
             for message in store.messages:
                 click.echo(message, err=True)
             already = len(store.covered)
@@ -229,7 +230,7 @@ def fingerprint_of(plans: Sequence[Plan], settings: PipelineSettings, items: lis
     """What must be equal for two runs to be one: model, settings, image list."""
     images = hashlib.sha256()
     for item in items:
-        images.update(f"{item.image_id}\0{item.file_name}\n".encode("utf-8", "surrogateescape"))
+        images.update(f"{item.image_id}\0{item.file_name}\n".encode("utf-8", "surrogatepass"))
     nms, backend = settings.nms, plans[0].backend
     several = {}
     if len(plans) > 1:
@@ -331,4 +332,5 @@ def _write_image_list(folder: Path, items: list[ImageItem]) -> None:
     """images.json: ids and names of a plain folder's images, in the form of the contest's image list."""
     images = [{"id": item.image_id, "file_name": item.file_name} for item in items]
     text = json.dumps({"images": images}, ensure_ascii=False, indent=1)
-    write_atomically(folder / "images.json", (text + "\n").encode("utf-8", "surrogateescape"))
+    # A byte of a name that is no UTF-8 becomes JSON's \udcXX.
+    write_atomically(folder / "images.json", (text + "\n").encode("utf-8", "backslashreplace"))

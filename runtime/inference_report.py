@@ -108,7 +108,8 @@ class InferReport:
             },
         }
         text = json.dumps(content, ensure_ascii=False, indent=1)
-        write_atomically(self.folder / REPORT_FILE, (text + "\n").encode("utf-8", "surrogateescape"))
+        # A byte of a name that is no UTF-8 becomes JSON's \udcXX.
+        write_atomically(self.folder / REPORT_FILE, (text + "\n").encode("utf-8", "backslashreplace"))
 
     def _failures(self) -> str:
         examples = "".join(f"\n  {image.file_name}: {image.reason}" for image in self.failed[:EXAMPLES])

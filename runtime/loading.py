@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from parkdet.runtime.errors import DataError
 from parkdet.runtime.geometry import ImageArray, Letterbox
+from parkdet.runtime.image_headers import read_header
 from parkdet.runtime.images import read_image
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+
+_LARGE_PIXELS = 64_000_000
+_one_large = threading.Lock()
+"""Held from the decoding of an image of more pixels until it is scaled: at the limit one takes 3 GB."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,22 +72,24 @@ def load_image(
     """Decode one image and, if `onto_canvas`, letterbox it; `fit` chooses the letterbox by the image's (h, w)."""
     import cv2
 
-    started = time.perf_counter()
     if item.path is None:
         return LoadedImage(item, plan, reason=item.problem)
-    try:
-        file_bytes = item.file_bytes()
-        image = read_image(item.path)
-    except DataError as error:
-        return LoadedImage(item, plan, reason=str(error).removeprefix(f"{item.path}: "))
-    decoded = time.perf_counter()
-    letterbox = fit((image.shape[0], image.shape[1]))
-    try:
-        pixels = letterbox.apply(image) if onto_canvas else image
-    except (cv2.error, MemoryError) as error:
-        return LoadedImage(item, plan, reason=f"cannot be scaled ({str(error).strip() or 'out of memory'})")
+    header = read_header(item.path)
+    large = header.width * header.height > _LARGE_PIXELS
+    with _one_large if large else nullcontext():
+        started = time.perf_counter()
+        try:
+            image = read_image(item.path, header=header)
+        except DataError as error:
+            return LoadedImage(item, plan, reason=str(error).removeprefix(f"{item.path}: "))
+        decoded = time.perf_counter()
+        letterbox = fit((image.shape[0], image.shape[1]))
+        try:
+            pixels = letterbox.apply(image) if onto_canvas else image
+        except (cv2.error, MemoryError) as error:
+            return LoadedImage(item, plan, reason=f"cannot be scaled ({str(error).strip() or 'out of memory'})")
     return LoadedImage(
-        item, plan, pixels, letterbox, file_bytes=file_bytes,
+        item, plan, pixels, letterbox, file_bytes=header.file_bytes,
         decode_s=decoded - started, letterbox_s=time.perf_counter() - decoded,
     )  # fmt: skip
 

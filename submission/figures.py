@@ -171,7 +171,7 @@ class SubmissionFigures:
     def write(self, path: Path) -> None:
         """As JSON, whole or not at all. ParkdetError where it cannot be written."""
         text = json.dumps({"version": _VERSION, **asdict(self)}, indent=1, ensure_ascii=False)
-        write_atomically(path, (text + "\n").encode("utf-8", "surrogateescape"))
+        write_atomically(path, (text + "\n").encode("utf-8", "backslashreplace"))
 
     @classmethod
     def read(cls, path: Path) -> Self:

@@ -11,6 +11,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from parkdet.runtime import Detections, Detector, Letterbox, decode_heads, non_max_suppression
 from parkdet.runtime.errors import ArtifactError, DataError, UsageError
@@ -159,8 +160,13 @@ def test_what_cannot_be_is_refused_with_the_remedy(
         Detector(tiny_onnx, device="tpu")
     with pytest.raises(UsageError, match="conf and iou"):
         Detector(tiny_onnx, conf=1.5)
-    with pytest.raises(UsageError, match="imgsz"):
-        Detector(tiny_onnx, imgsz=0)
+    for imgsz in (0, (640, 640), 64.0):
+        with pytest.raises(UsageError, match="imgsz"):
+            Detector(tiny_onnx, imgsz=imgsz)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"numbers, not '0\.3'"):
+        Detector(tiny_onnx, conf="0.3")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="on cuda:0"):  # as a number, too
+        Detector(tiny_onnx, device=0, backend="onnxruntime")
     with pytest.raises(UsageError, match="no such file"):
         Detector(tmp_path / "none.onnx")
     (tmp_path / "empty.onnx").touch()
@@ -174,6 +180,21 @@ def test_what_is_no_image_is_refused(tiny_onnx: Path, tmp_path: Path, picture: P
         for wrong in (grey, floats, picture(9, 9)[:0]):
             with pytest.raises(UsageError, match="BGR"):
                 detector(wrong)  # type: ignore[arg-type]
+        image = picture(9, 9)
+        other: list[tuple[Any, str]] = [
+            ([image], r"a list; .*\.batch"),
+            (image[None], r"\(1, 9, 9, 3\) uint8; .*\.batch"),
+            (grey, "COLOR_GRAY2BGR"),
+            (Image.fromarray(image), r"a Image; of one of Pillow's: np\.asarray"),
+            (b"\xff\xd8", r"bytes; .*cv2\.imdecode"),
+            (None, "a NoneType"),
+        ]
+        for wrong, remedy in other:
+            with pytest.raises(UsageError, match=remedy):
+                detector(wrong)
+        for one in ("a.png", tmp_path / "a.png"):
+            with pytest.raises(UsageError, match=r"batch takes several images.*a\.png"):
+                detector.batch(one)  # type: ignore[arg-type]
         with pytest.raises(DataError, match="does not exist"):
             detector(tmp_path / "none.png")
         with pytest.raises(UsageError, match="holds no images"):

@@ -183,6 +183,16 @@ def test_bytes_behind_the_end_are_tolerated(tmp_path: Path, extension: str, surp
     assert (header.width, header.height) == (WIDTH, HEIGHT)
 
 
+@pytest.mark.parametrize("before", [0, 1, 2, 1000, 2**20])
+def test_the_end_is_found_wherever_it_stands(tmp_path: Path, before: int) -> None:
+    """Searched a mebibyte at a time: the marker may lie across two of them."""
+    content = encoded(".jpg")
+    scan = content.index(b"\xff\xda") + 14
+    middle = bytes(2**20 - 1 - scan + before)
+    assert read(tmp_path, content[:scan] + middle + b"\xff\xd9" + bytes(9_000)).problem is None
+    assert read(tmp_path, content[:scan] + middle + bytes(9_000)).kind is Problem.TRUNCATED_TAIL
+
+
 @pytest.mark.parametrize("extension", [".png", ".jpg"])
 def test_a_tail_of_zeros_is_a_cut(tmp_path: Path, extension: str) -> None:
     content = encoded(extension)
@@ -211,6 +221,27 @@ def test_a_damaged_header(tmp_path: Path) -> None:
     content[18] ^= 1  # the width no longer agrees with the chunk's checksum
     assert read(tmp_path, bytes(content)).kind is Problem.DAMAGED_HEAD
     assert read(tmp_path, b"\xff\xd8\xff\xe0\0\x04ab" + bytes(90)).kind is Problem.DAMAGED_HEAD
+
+
+@pytest.mark.parametrize(("at", "value", "why"), [(4, 12, "12 bits"), (1, 0xC3, "lossless"), (1, 0xC5, "hierarchical")])
+def test_a_jpeg_that_no_decoder_here_knows_is_told_from_a_damaged_one(
+    tmp_path: Path, at: int, value: int, why: str
+) -> None:
+    content = bytearray(encoded(".jpg"))
+    content[content.index(b"\xff\xc0") + at] = value
+    assert cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR) is None
+    header = read(tmp_path, bytes(content))
+    assert header.kind is Problem.NOT_DECODED
+    assert why in (header.problem or "")
+
+
+def test_a_file_too_large_to_decode_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "sparse.jpg"
+    path.write_bytes(encoded(".jpg"))
+    assert read_header(path).file_bytes == path.stat().st_size
+    os.truncate(path, 2**31)
+    monkeypatch.setattr(os, "pread", lambda *_: pytest.fail("read"))
+    assert read_header(path).kind is Problem.TOO_LARGE
 
 
 def test_what_is_no_file(tmp_path: Path) -> None:

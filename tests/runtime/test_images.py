@@ -7,9 +7,12 @@ import os
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -17,8 +20,10 @@ import pytest
 from PIL import Image
 
 from parkdet.runtime.errors import DataError, UsageError
-from parkdet.runtime.geometry import ImageArray
+from parkdet.runtime.geometry import ImageArray, Letterbox
+from parkdet.runtime.image_headers import read_header
 from parkdet.runtime.images import list_images, read_image, reduction
+from parkdet.runtime.loading import ImageItem, LoadedImage, load_image
 
 Picture = Callable[..., ImageArray]
 
@@ -94,6 +99,64 @@ def test_a_truncated_file_is_refused(tmp_path: Path, picture: Picture, suffix: s
         read_image(path)
 
 
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, picture: Picture) -> None:
+    """Its ends were seen whole; what is read then must be that file. Half a JPEG decodes, the rest of it grey."""
+    path = tmp_path / "growing.jpg"
+    whole = cv2.imencode(".jpg", picture(90, 120))[1].tobytes()
+    path.write_bytes(whole)
+    header = read_header(path)
+    assert read_image(path, header=header).shape == (90, 120, 3)
+    for now in (whole[: len(whole) // 2], whole + b"x", b""):
+        path.write_bytes(now)
+        with pytest.raises(DataError, match=r"growing\.jpg: was changed while it was read"):
+            read_image(path, header=header)
+    path.unlink()
+    with pytest.raises(DataError, match=r"growing\.jpg: cannot be read \(No such file"):
+        read_image(path, header=header)
+
+
+def test_a_file_that_does_not_fit_into_memory_is_refused(
+    tmp_path: Path, picture: Picture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise MemoryError("Unable to allocate 1 GiB")
+
+    cv2.imwrite(os.fspath(tmp_path / "a.png"), picture(9, 9))
+    monkeypatch.setattr(np, "fromfile", full)
+    with pytest.raises(DataError, match=r"a\.png: cannot be read \(Unable to allocate"):
+        read_image(tmp_path / "a.png")
+
+
+def test_large_images_are_decoded_one_at_a_time(
+    tmp_path: Path, picture: Picture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sixteen threads with the largest that is allowed would hold 45 GB."""
+    path = tmp_path / "a.png"
+    cv2.imwrite(os.fspath(path), picture(20, 30))
+    at_once, most = [], []
+    decode = cv2.imdecode
+
+    def watched(*arguments: Any) -> Any:
+        at_once.append(1)
+        most.append(len(at_once))
+        time.sleep(0.02)
+        at_once.pop()
+        return decode(*arguments)
+
+    monkeypatch.setattr(cv2, "imdecode", watched)
+    item = ImageItem(image_id=1, file_name="a.png", path=path)
+
+    def load(_: int) -> LoadedImage:
+        return load_image(item, 0, lambda image_hw: Letterbox.fit(image_hw, 64, 32), True)
+
+    for large, expected in ((10**6, 4), (500, 1)):
+        monkeypatch.setattr("parkdet.runtime.loading._LARGE_PIXELS", large)
+        most.clear()
+        with ThreadPoolExecutor(4) as pool:
+            assert all(loaded.reason == "" for loaded in pool.map(load, range(8)))
+        assert max(most) == expected
+
+
 def test_the_pixel_limit_counts_pixels_and_decodes_nothing(
     tmp_path: Path, picture: Picture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,7 +173,7 @@ def test_a_folder_lists_its_images_by_name(tmp_path: Path) -> None:
         list_images(tmp_path / "nowhere")
     with pytest.raises(UsageError, match="holds no images"):
         list_images(tmp_path)
-    for name in ("b.PNG", "a.jpg", "a.b.jpeg", "notes.txt"):
+    for name in ("b.PNG", "a.jpg", "a.b.jpeg", "notes.txt", "._a.jpg", ".png"):
         (tmp_path / name).touch()
     (tmp_path / "folder.png").mkdir()
     assert [path.name for path in list_images(tmp_path)] == ["a.b.jpeg", "a.jpg", "b.PNG"]

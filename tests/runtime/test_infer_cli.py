@@ -20,6 +20,7 @@ import pytest
 from parkdet.runtime.errors import UsageError
 from parkdet.runtime.geometry import ImageArray
 from parkdet.runtime.inference import InferOptions, run_inference
+from parkdet.runtime.inference_report import REPORT_FILE
 from parkdet.runtime.shards import ImageResult, read_shard, read_table, write_shard
 from parkdet.runtime.store import RunStore, covered_images, read_fingerprint, read_predictions
 
@@ -198,6 +199,36 @@ def test_a_plain_folder_gets_ids_by_name_and_a_list_of_them(infer: RunCli, tmp_p
     ]  # fmt: skip
     assert covered_images(tmp_path / "runs/plain") == {1, 2, 3}
     assert infer("--source", tmp_path / "c.png", "--name", "one")[0] == 0
+
+
+def test_names_that_are_no_text_stay_what_they_are(infer: RunCli, tmp_path: Path, picture: Picture) -> None:
+    """Linux takes any bytes. What other programs read of a run must be JSON all the same."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    names = [b"latin\xe9.png", b"bad\xff.png", "줄\n바꿈.png".encode()]
+    for name in names:
+        (folder / os.fsdecode(name)).write_bytes(cv2.imencode(".png", picture(50, 70))[1].tobytes())
+    (folder / os.fsdecode(names[1])).write_bytes(b"no image")
+    code, _, err = infer("--source", folder, "--name", "bytes")
+    assert code == 1, err
+    run = tmp_path / "runs/bytes"
+    listed = json.loads((run / "images.json").read_text(encoding="utf-8"))["images"]
+    assert sorted(os.fsencode(entry["file_name"]) for entry in listed) == sorted(names)
+    (failed,) = json.loads((run / REPORT_FILE).read_text(encoding="utf-8"))["failed"]
+    assert os.fsencode(failed["file_name"]) == names[1]
+    assert len(covered_images(run)) == 2
+
+
+def test_what_lies_beside_the_images_does_not_stop_the_run(infer: RunCli, data: Path) -> None:
+    images = data / "test/images"
+    (images / "circle.png").symlink_to("circle.png")
+    (images / "gone.png").symlink_to("nowhere.png")
+    (images / "up").symlink_to("..")
+    os.mkfifo(images / "pipe.png")
+    (images / "folder.png").mkdir()
+    code, out, err = infer("--data", data)
+    assert code == 0, err
+    assert "12 of 12 with a result" in out
 
 
 def test_usage_errors_exit_2_and_make_no_folder(infer: RunCli, run_cli: RunCli, data: Path, tmp_path: Path) -> None:
