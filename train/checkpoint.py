@@ -79,9 +79,13 @@ def save_checkpoint(path: Path, model: Yolov5, training: Mapping[str, Any] | Non
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
+        # torch's writer puts an error of its own before what the system said.
+        said = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(said, OSError):
+            raise
         # A write does not know the file's name; whoever reads the message needs it.
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+        raise OSError(said.errno, said.strerror or str(said), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -98,7 +98,7 @@ def _settings_of(flags: Mapping[str, Any]) -> tuple[str, ...]:
 @click.option("--time-budget", metavar="TIME", help="36h, 90m, ...: as many of the recipe's epochs as fit.")
 @_shorthands
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, or the number of a CUDA device.")
-@click.option("--workers", type=click.IntRange(min=0), default=1, show_default=True, help="Processes that load images.")
+@click.option("--workers", type=click.IntRange(min=0), help="Processes that load images.  [default: 1]")
 @click.option("--project", type=click.Path(path_type=Path), default=Path("runs/train"), show_default=True)
 @click.option("--name", default="exp", show_default=True, help="Run folder in the project; exp2, exp3, ... follow.")
 @click.option("--exist-ok", is_flag=True, help="Write into the folder even if it is there.")
@@ -112,7 +112,7 @@ def train(
     resume: str | None,
     time_budget: str | None,
     device: str,
-    workers: int,
+    workers: int | None,
     project: Path,
     name: str,
     exist_ok: bool,
@@ -135,10 +135,8 @@ def train(
 
     budget = TimeBudget(parse_duration(time_budget)) if time_budget is not None else None
     given = (*_settings_of(flags), *overrides)
-    if resume is not None and (
-        data is not None or config is not None or hyp is not None or weights is not None or given
-    ):
-        raise UsageError("--resume goes on with a run as it was started; give it alone, or with --time-budget")
+    if resume is not None:
+        _require_nothing_settled(given or config or hyp or weights, named=resume != _LATEST)
     if resume is None and data is None:
         raise UsageError("name the data set's folder with --data")
     with process_group(device) as (ranks, device_name), quiet_decoders():
@@ -146,14 +144,17 @@ def train(
         if resume is not None:
             # Rank 0 alone has the folder.
             run = latest_run(project) if resume == _LATEST and ranks.first else Path(resume)
-            best = resume_run(run, say, ranks=ranks, device_name=device_name, budget=budget)
+            best = resume_run(
+                run, say, ranks=ranks, device_name=device_name, workers=workers, plots=not noplots, data_folder=data,
+                budget=budget,
+            )  # fmt: skip
         else:
             assert data is not None
             settings, parts = _new_run(data, config, hyp, weights, given, device_name, check=ranks.first)
             settings = settings.model_copy(
                 update={
                     "device": device,
-                    "workers": workers,
+                    "workers": 1 if workers is None else workers,
                     "plots": not noplots,
                     "time_budget": budget and budget.seconds,
                 }
@@ -164,6 +165,24 @@ def train(
             say(f"run folder: {folder}")
         if ranks.first:
             click.echo(str(best))
+
+
+def _require_nothing_settled(recipe: object, named: bool) -> None:
+    """UsageError where beside `--resume` stands what the run was started with; `named`: it says which run."""
+    from parkdet.runtime.errors import UsageError
+
+    if recipe:
+        raise UsageError(
+            "--resume goes on with a run as it was started; give it alone, or with --data (where the data set lies "
+            "now), --device, --workers, --noplots, --time-budget"
+        )
+    source = click.get_current_context().get_parameter_source
+    for option in ("name", "exist_ok", *(("project",) if named else ())):
+        if source(option) is click.core.ParameterSource.COMMANDLINE:
+            raise UsageError(
+                f"--resume goes on in the run's own folder, to which --{option.replace('_', '-')} says nothing; name "
+                "the folder: --resume RUN"
+            )
 
 
 def _new_run(

@@ -8,13 +8,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, create_model, model_validator
+from pydantic import Field, create_model, field_validator, model_validator
 
 from parkdet.runtime.errors import UsageError
 from parkdet.runtime.settings import Settings, load_settings, parse_overrides
 from parkdet.train.data.augment import AugmentSettings
 from parkdet.train.data.image_store import CacheMode
 
+ANCHORS_A_LEVEL = 3
 MetricTerm = Literal["map", "map50", "map75"]
 CONTEST_METRIC: dict[MetricTerm, float] = {"map50": 0.1, "map75": 0.9}
 """How the contest's reference chose its best checkpoint."""
@@ -173,10 +174,27 @@ def shipped_recipes() -> dict[str, Path]:
     }
 
 
+class _HypSettings(TrainSettings):
+    """A file of YOLOv5's hyper-parameters, which may also say how many anchors a level has."""
+
+    anchors: float | None = Field(default=None, ge=0)
+    """Rounded there, as what its evolution leaves is no whole number; 0 stands for those of the network."""
+
+    @field_validator("anchors")
+    @classmethod
+    def _as_networks_have(cls, anchors: float | None) -> float | None:
+        if anchors is not None and round(anchors) not in (0, ANCHORS_A_LEVEL):
+            raise ValueError(f"the networks have {ANCHORS_A_LEVEL} anchors a level; give that, or leave it out")
+        return anchors
+
+
 def hyp_overrides(path: Path) -> tuple[str, ...]:
-    """The settings in a file of YOLOv5's hyper-parameters (`hyp.*.yaml`) as overrides. ConfigError as for a recipe."""
-    settings = load_settings(TrainSettings, path)
-    values = settings.model_dump(mode="json", exclude_unset=True)
+    """The settings in a file of YOLOv5's hyper-parameters (`hyp.*.yaml`) as overrides. ConfigError as for a recipe.
+
+    Its number of anchors must be the networks'. That it has them fitted to the boxes there, `autoanchor` does here.
+    """
+    settings = load_settings(_HypSettings, path)
+    values = settings.model_dump(mode="json", exclude_unset=True, exclude={"anchors"})
     return tuple(f"train.{name}={json.dumps(value)}" for name, value in values.items())
 
 

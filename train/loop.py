@@ -111,7 +111,7 @@ class StageTrainer:
         validation: Validation | None = None
         if self.ranks.first:
             self.results.keep_before(self.epoch)
-            self.events = self.pictures.events = EventsFile(self.job.folder, self.epoch)
+            self.events = self.pictures.events = EventsFile(self.job.folder, self.epoch, self.say)
         self.pictures.labels(self.job.train_samples)
         with StopSwitch() as stop, repeatable(self.job.device, self.job.settings.deterministic):
             try:
@@ -125,8 +125,6 @@ class StageTrainer:
                         self._save_last()
             finally:
                 self.loader.close()
-                if self.events is not None:
-                    self.events.close()
         self._finish()
         if self.ranks.first:
             self._show_best(validation)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import errno
 import math
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import Field
 
-from parkdet.runtime.errors import DataError, UsageError
+from parkdet.runtime.errors import DataError, ParkdetError, UsageError
 from parkdet.runtime.run_folder import sole_writer
 from parkdet.runtime.settings import Settings, dump_settings, load_settings
 from parkdet.runtime.shards import write_atomically
@@ -27,7 +27,7 @@ from parkdet.train.model.network import Yolov5
 from parkdet.train.ranks import ALONE, Ranks
 from parkdet.train.schedule import Schedule
 from parkdet.train.starting import starting_network, stopped_network
-from parkdet.train.training_data import TrainingData, read_training_data
+from parkdet.train.training_data import TrainingData, count_boxes, read_training_data
 
 ARGS_FILE = "args.yaml"
 Say = Callable[[str], None]
@@ -62,7 +62,7 @@ def start_run(
     settings'; `budget` is the settings' time budget, where its clock runs already. InUseError where another process
     trains in the folder. Of several processes, all call it.
     """
-    with sole_writer(folder) if ranks.first else nullcontext():
+    with sole_writer(folder) if ranks.first else nullcontext(), _full_disk_explained(folder):
         if ranks.first:
             _make_way(folder, settings)
         data = data or read_training_data(Path(settings.data), settings.recipe)
@@ -85,11 +85,15 @@ def resume_run(
     *,
     ranks: Ranks = ALONE,
     device_name: str = "auto",
+    workers: int | None = None,
+    plots: bool = True,
+    data_folder: Path | None = None,
     budget: TimeBudget | None = None,
 ) -> Path:
     """Go on with a run, given by its folder or a checkpoint in it; returns the best checkpoint's path.
 
-    `device_name` replaces the run's own for this session, `budget` from now on; time that the run took before counts.
+    `device_name`, `workers` and no `plots` replace the run's own for this session; `data_folder`, where the same data
+    set lies now, and `budget` from now on. Time that the run took before counts.
     Of several processes, rank 0 alone needs the folder.
     """
     stopped = ranks.from_first(_stopped_run(run) if ranks.first else None)
@@ -97,14 +101,37 @@ def resume_run(
     folder, settings = stopped
     say(f"resuming {folder}")
     device = settings.device if device_name == "auto" and ranks.world == 1 else device_name
-    with sole_writer(folder) if ranks.first else nullcontext():
+    with sole_writer(folder) if ranks.first else nullcontext(), _full_disk_explained(folder):
+        changed: dict[str, Any] = {} if budget is None else {"time_budget": budget.seconds}
+        if data_folder is not None:
+            changed["data"] = str(data_folder.resolve())
+        settings = settings.model_copy(update=changed)
         data = read_training_data(Path(settings.data), settings.recipe)
-        if budget is not None:
-            settings = settings.model_copy(update={"time_budget": budget.seconds})
-            if ranks.first:
-                # What is resumed once more must not fall back to a budget that is used up.
-                write_atomically(folder / ARGS_FILE, dump_settings(settings).encode())
+        if changed and ranks.first:
+            # What is resumed once more must not fall back to a budget that is used up, or to where the data was.
+            write_atomically(folder / ARGS_FILE, dump_settings(settings).encode())
+        settings = settings.model_copy(
+            update={
+                "workers": settings.workers if workers is None else workers,
+                "plots": settings.plots and plots,
+            }
+        )
         return _Run(folder, settings, data, say, ranks, device, budget).train()
+
+
+@contextmanager
+def _full_disk_explained(folder: Path) -> Iterator[None]:
+    """Say how a run goes on that a full disk has ended: the same command again would begin another one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        if any(folder.rglob("weights/last.pt")):
+            remedy = f"what was saved before is whole; free some space, then: parkdet train --resume {folder}"
+        else:
+            remedy = "nothing was saved yet; free some space, or name a folder on another disk with --project"
+        raise ParkdetError(f"{error.filename or folder}: {error.strerror}; {remedy}") from error
 
 
 def _stopped_run(run: Path) -> tuple[Path, RunSettings]:
@@ -133,6 +160,7 @@ class _Run:
     ):  # fmt: skip
         self.folder, self.settings, self.data, self.say, self.ranks = folder, settings, data, say, ranks
         self.recipe = settings.recipe
+        self.data_now = data.described()
         self.stages = self.recipe.stage_settings()
         self.device = pick_device(device_name)
         if budget is None and settings.time_budget is not None:
@@ -142,10 +170,9 @@ class _Run:
 
     def train(self) -> Path:
         data, say = self.data, self.say
-        boxes = sum(len(sample.class_ids) for sample in data.train)
         say(
-            f"data: {len(data.train)} images with {boxes} boxes to train, {len(data.val)} to validate, "
-            f"{len(data.class_names)} classes; device: {self.device}"
+            f"data: {len(data.train)} images with {count_boxes(data.train)} boxes to train, {len(data.val)} to "
+            f"validate, {len(data.class_names)} classes; device: {self.device}"
             + (f", {self.ranks.world} processes" if self.ranks.world > 1 else "")
         )
         if not data.val:
@@ -153,13 +180,15 @@ class _Run:
         self._same_data_everywhere()
         start = Path(self.recipe.weights) if self.recipe.weights else None
         best = self.folder / "weights" / "best.pt"
-        trained_any = False
+        trained_any, data_before = False, None
         for number, (name, stage) in enumerate(self.stages):
             stage_folder = self.folder / name if name else self.folder
             last, best = (stage_folder / "weights" / file for file in ("last.pt", "best.pt"))
             before = self.ranks.from_first(load_checkpoint(last) if self.ranks.first and last.is_file() else None)
             if before is not None and self.budget is not None:
                 self._count_used(before.training)
+            if before is not None:
+                data_before = before.training.get("data")
             if before is not None and before.training.get("finished"):
                 start = last
                 continue
@@ -169,6 +198,8 @@ class _Run:
             if self.ranks.first:
                 remove_leftovers(stage_folder / "weights")
             network, settled = self._network(number, stage, before, start)
+            if data_before is not None and data_before != self.data_now:
+                raise DataError(self._other_data(last if before is not None else start, data_before))
             self._train_stage(number, stage_folder, network, settled, before)
             start = last
         if not trained_any:
@@ -238,6 +269,7 @@ class _Run:
                 "images_folder": str(self.data.images_folder),
                 "stage": self.stages[number][0],
                 "split": self.recipe.split.model_dump(),
+                "data": self.data_now,
             },
             ranks=self.ranks,
         )
@@ -272,14 +304,21 @@ class _Run:
         self.budget.add_used(used - self._used_before)
         self._used_before = used
 
+    def _other_data(self, last: Path | None, before: Mapping[str, Any]) -> str:
+        words = "{train_images} images with {train_boxes} boxes, and {val_images} to validate"
+        return (
+            f"{self.settings.data}: is not the data set that {last} was trained on ({words.format(**before)}; now "
+            f"{words.format(**self.data_now)}, or other labels); bring it back as it was, name where it lies with "
+            f"--data, or begin anew with --weights {last}"
+        )
+
     def _same_data_everywhere(self) -> None:
-        ids = tuple(sample.image_id for sample in (*self.data.train, *self.data.val))
-        prints = self.ranks.gather((len(ids), hashlib.sha256(repr(ids).encode()).hexdigest()))
-        if len(set(prints)) > 1:
-            counts = ", ".join(str(count) for count, _ in prints)
+        everywhere = self.ranks.gather(self.data_now)
+        if any(there != self.data_now for there in everywhere):
+            counts = ", ".join(str(there["train_images"]) for there in everywhere)
             raise DataError(
-                f"{self.settings.data}: is not the same data set for all processes ({counts} images); give every "
-                "machine the same files"
+                f"{self.settings.data}: is not the same data set for all processes ({counts} images to train on, or "
+                "other labels); give every machine the same files"
             )
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import os
+import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import torch
@@ -71,20 +73,29 @@ def _gpu_memory() -> str:
 
 
 class EventsFile:
-    """TensorBoard's view of results.csv: `tensorboard --logdir runs/train`."""
+    """TensorBoard's view of results.csv: `tensorboard --logdir runs/train`.
 
-    def __init__(self, folder: Path, first_epoch: int):
-        from torch.utils.tensorboard import SummaryWriter
+    Written at once, by no thread of its own. What cannot be written is said once through `say`, and the training goes
+    on without.
+    """
 
-        # A resumed run draws its epochs again; those that the stopped one drew are to go.
-        self._writer = SummaryWriter(str(folder), purge_step=first_epoch or None)
+    def __init__(self, folder: Path, first_epoch: int, say: Callable[[str], None]):
+        from tensorboard.compat.proto.event_pb2 import SessionLog
+
+        # The seconds are what TensorBoard sorts a run's sessions by.
+        self.path = folder / f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{time.time_ns():x}"
+        self._say, self._failed = say, False
+        self._write(file_version="brain.Event:2")
+        if first_epoch:
+            # A resumed run draws its epochs again; those that the stopped one drew are to go.
+            self._write(session_log=SessionLog(status=SessionLog.START), step=first_epoch)
 
     def add(self, row: Mapping[str, float]) -> None:
         """One epoch's row of results.csv, as `ResultsFile.add` returns it."""
-        for name, value in row.items():
-            if name != "epoch":
-                self._writer.add_scalar(name, value, int(row["epoch"]))
-        self._writer.flush()
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in row.items() if name != "epoch"]
+        self._write(summary=Summary(value=values), step=int(row["epoch"]))
 
     def add_picture(self, name: str, picture: ImageArray, epoch: int) -> None:
         """A BGR picture (h, w, 3) uint8; kept as JPEG, a tenth of what torch's writer would make of it."""
@@ -92,11 +103,22 @@ class EventsFile:
 
         height, width = picture.shape[:2]
         image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=jpeg(picture))
-        assert self._writer.file_writer is not None
-        self._writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), epoch)
+        self._write(summary=Summary(value=[Summary.Value(tag=name, image=image)]), step=epoch)
 
-    def close(self) -> None:
-        self._writer.close()
+    def _write(self, **content: Any) -> None:
+        """Append an event. After a failure nothing more: TensorBoard reads to the first record that is not whole."""
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        if self._failed:
+            return
+        try:
+            with self.path.open("ab") as file:
+                RecordWriter(file).write(Event(wall_time=time.time(), **content).SerializeToString())
+        except OSError as error:
+            self._failed = True
+            reason = error.strerror or str(error)
+            self._say(f"warning: {self.path}: {reason}; TensorBoard will see no more of this session, all else goes on")
 
 
 def jpeg(picture: ImageArray) -> bytes:

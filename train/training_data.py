@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +22,24 @@ class TrainingData:
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...]
     images_folder: Path
+
+    def described(self) -> dict[str, int | str]:
+        """What a stopped run keeps of it, to know it again wherever it lies: counts, and a digest of all labels."""
+        digest = hashlib.sha256(repr((self.class_names, self.category_ids)).encode())
+        for sample in (*self.train, *self.val):
+            digest.update(repr((sample.image_id, sample.path.name, sample.image_hw)).encode())
+            digest.update(sample.class_ids.tobytes() + sample.xyxy.tobytes())
+        return {
+            "train_images": len(self.train),
+            "train_boxes": count_boxes(self.train),
+            "val_images": len(self.val),
+            "labels_sha256": digest.hexdigest(),
+        }
+
+
+def count_boxes(samples: Sequence[Sample]) -> int:
+    """Boxes of all samples together."""
+    return sum(len(sample.class_ids) for sample in samples)
 
 
 def read_training_data(root: Path, recipe: Recipe) -> TrainingData:

@@ -164,7 +164,7 @@ def test_transfer_says_what_was_taken(rectangles: Path, tmp_path: Path, start_cl
         (("train", "--data", "{data}", "--weights", "{empty}"), 1, ("is empty",)),
         (("train", "--data", "{data}", "--device", "7"), 2, ("CUDA",)),
         (("train", "--resume", "nowhere"), 2, ("nowhere",)),
-        (("train", "--resume", "{data}", "--data", "{data}"), 2, ("alone",)),
+        (("train", "--resume", "{data}", "--config", "small"), 2, ("alone",)),
         (("val", "--weights", "{empty}", "--data", "{data}"), 1, ("is empty",)),
         (("export", "--weights", "{empty}"), 1, ("is empty",)),
         (("export", "--weights", "none.pt"), 2, ("none.pt",)),

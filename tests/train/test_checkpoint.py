@@ -17,6 +17,7 @@ import torch
 from parkdet.runtime.errors import ArtifactError, ParkdetError, UsageError
 from parkdet.train import load_checkpoint, save_checkpoint
 from parkdet.train.model.network import Yolov5, build_network
+from tests.train.test_run_log import short_files
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +70,19 @@ def test_a_write_that_fails_leaves_the_old_file(
         save_checkpoint(path, network)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_disk_that_is_full_within_the_write_is_said_with_the_file(network: Yolov5, tmp_path: Path) -> None:
+    """Within torch.save, which has an error of its own for it."""
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, network)
+    before = path.read_bytes()
+    for most in (0, 1000, len(before) // 2, len(before) - 1):
+        with short_files(most), pytest.raises(OSError, match="File too large") as caught:
+            save_checkpoint(path, network)
+        assert caught.value.filename == str(path)
+        assert path.read_bytes() == before
+        assert list(tmp_path.iterdir()) == [path]
 
 
 def public_classes() -> dict[str, type]:

@@ -198,3 +198,14 @@ def test_a_hyper_parameter_file_of_yolov5s_goes_over_all_stages(tmp_path: Path) 
     path.write_text("lr0: 0.1\nmosiac: 1.0\n")
     with pytest.raises(ConfigError, match=r"hyp\.yaml:2:1 mosiac: unknown key.*'mosaic'"):
         hyp_overrides(path)
+
+
+def test_a_hyper_parameter_file_may_say_how_many_anchors_a_level_has(tmp_path: Path) -> None:
+    """As two of the files that come with YOLOv5 do, which rounds the number."""
+    path = tmp_path / "hyp.yaml"
+    for anchors in ("3", "3.412", "0"):
+        path.write_text(f"lr0: 0.00334\nanchors: {anchors}  # anchors per output layer\n")
+        assert hyp_overrides(path) == ("train.lr0=0.00334",)
+    path.write_text("lr0: 0.00334\nanchors: 4\n")
+    with pytest.raises(ConfigError, match=r"hyp\.yaml:2:\d+ anchors: the networks have 3 anchors a level"):
+        hyp_overrides(path)

@@ -12,7 +12,8 @@ import cv2
 import numpy as np
 import pytest
 
-from parkdet.runtime.errors import DataError, Interrupted, UsageError
+from parkdet.runtime.errors import DataError, Interrupted, ParkdetError, UsageError
+from parkdet.runtime.settings import load_settings
 from parkdet.train import load_checkpoint, loop, save_checkpoint
 from parkdet.train.budget import TimeBudget
 from parkdet.train.config import load_recipe
@@ -168,6 +169,56 @@ def test_other_classes_are_not_resumed_with(tmp_path: Path, monkeypatch: pytest.
         resume_run(tmp_path / "run", lambda _line: None)
 
 
+def test_a_data_set_that_moved_is_resumed_with_and_another_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, folder = write_data(tmp_path / "data", 7), tmp_path / "run"
+    stop_after_one_epoch(folder, run_settings(data, "epochs=2"), monkeypatch)
+    moved = data.rename(tmp_path / "elsewhere")
+    with pytest.raises(UsageError, match="--data"):
+        resume_run(folder, lambda _line: None)
+    labels = moved / "train" / "label" / "Train.json"
+    content = json.loads(labels.read_text())
+    last = folder / "weights" / "last.pt"
+    for change in ("a box that moved", "an image fewer"):
+        other = json.loads(labels.read_text())
+        if change == "a box that moved":
+            other["annotations"][0]["bbox"][0] += 1
+        else:  # two batches an epoch as before: six images train, now five
+            other["images"].pop()
+        labels.write_text(json.dumps(other))
+        with pytest.raises(DataError, match=r"elsewhere: is not the data set that .*last\.pt was trained on"):
+            resume_run(folder, lambda _line: None, data_folder=moved)
+        assert not load_checkpoint(last).training.get("finished")
+        labels.write_text(json.dumps(content))
+    assert resume_run(folder, lambda _line: None, data_folder=moved, workers=1, plots=False).is_file()
+    settings = load_settings(RunSettings, folder / "args.yaml")
+    # Where the data lie holds for sessions to come, the rest for this one.
+    assert (settings.data, settings.workers) == (str(moved), 0)
+
+
+def test_a_data_set_that_changed_between_stages_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tmp_path / "two.yaml"
+    recipe.write_text("base: small.yaml\nstages:\n- {name: a}\n- {name: b}\n")
+    settings = run_settings(write_data(tmp_path / "data", 7))
+    settings = settings.model_copy(update={"recipe": load_recipe(str(recipe), TINY)})
+
+    def stopping(trainer: StageTrainer) -> None:
+        finish(trainer)
+        raise Interrupted
+
+    finish = StageTrainer._finish
+    with monkeypatch.context() as patch:
+        patch.setattr(StageTrainer, "_finish", stopping)
+        with pytest.raises(Interrupted):
+            started(tmp_path / "run", settings)
+    labels = tmp_path / "data" / "train" / "label" / "Train.json"
+    labels.write_text(labels.read_text().replace("[5, 5, 30, 20]", "[5, 5, 30, 21]"))
+    with pytest.raises(DataError, match=r"a/weights/last\.pt was trained on"):
+        resume_run(tmp_path / "run", lambda _line: None)
+    assert not (tmp_path / "run" / "b").exists()
+
+
 class StepClock:
     """A clock that a training moves: two seconds a batch, three a validation."""
 
@@ -248,8 +299,11 @@ def test_a_disk_that_is_full_leaves_the_checkpoint_before(tmp_path: Path, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match="No space left"):
+        again = rf"^{tmp_path / 'run'}\S*: No space left.*parkdet train --resume {tmp_path / 'run'}$"
+        with pytest.raises(ParkdetError, match=again):
             resume_run(tmp_path / "run", lambda _line: None)
+        with pytest.raises(ParkdetError, match=r"nothing was saved yet.*--project"):
+            started(tmp_path / "other", run_settings(data))
     assert last.read_bytes() == before
     assert [path.name for path in last.parent.iterdir() if path.suffix == ".tmp"] == []
     assert resume_run(tmp_path / "run", lambda _line: None).is_file()

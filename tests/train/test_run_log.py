@@ -5,8 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import math
+import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -91,6 +94,17 @@ def test_an_empty_file_gets_its_header(tmp_path: Path) -> None:
     assert [row["epoch"] for row in rows_of(results.path)] == ["0"]
 
 
+@contextmanager
+def short_files(most_bytes: int) -> Iterator[None]:
+    """The system refuses to write files that are longer, as a full disk would, in the middle of a write."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 class Screen(io.StringIO):
     def __init__(self, terminal: bool):
         super().__init__()
@@ -151,11 +165,43 @@ def test_events_hold_the_rows_of_results(tmp_path: Path) -> None:
 
     from parkdet.train.run_log import EventsFile
 
-    events = EventsFile(tmp_path, 0)
+    events = EventsFile(tmp_path, 0, print)
     events.add({"epoch": 0.0, "train/box_loss": 0.5, "x/lr0": 0.1})
     events.add({"epoch": 1.0, "train/box_loss": 0.25})
-    events.close()
     read = EventAccumulator(str(tmp_path))
     read.Reload()
     assert [(event.step, event.value) for event in read.Scalars("train/box_loss")] == [(0, 0.5), (1, 0.25)]
+    assert [event.step for event in read.Scalars("x/lr0")] == [0]
+
+
+def test_a_resumed_run_takes_the_place_of_what_the_stopped_one_drew(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from parkdet.train.run_log import EventsFile
+
+    stopped = EventsFile(tmp_path, 0, print)
+    for epoch in range(3):
+        stopped.add({"epoch": float(epoch), "x/lr0": 1.0})
+    EventsFile(tmp_path, 2, print).add({"epoch": 2.0, "x/lr0": 0.5})
+    read = EventAccumulator(str(tmp_path))
+    read.Reload()
+    assert [(event.step, event.value) for event in read.Scalars("x/lr0")] == [(0, 1.0), (1, 1.0), (2, 0.5)]
+
+
+def test_events_that_cannot_be_written_are_said_once(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from parkdet.train.run_log import EventsFile
+
+    said: list[str] = []
+    events = EventsFile(tmp_path, 0, said.append)
+    events.add({"epoch": 0.0, "x/lr0": 0.1})
+    with short_files(events.path.stat().st_size + 10):
+        events.add({"epoch": 1.0, "x/lr0": 0.1})
+        events.add({"epoch": 2.0, "x/lr0": 0.1})
+    events.add({"epoch": 3.0, "x/lr0": 0.1})
+    (line,) = said
+    assert "File too large" in line and str(events.path) in line
+    read = EventAccumulator(str(tmp_path))
+    read.Reload()
     assert [event.step for event in read.Scalars("x/lr0")] == [0]

@@ -161,10 +161,9 @@ def test_the_events_hold_the_pictures(tmp_path: Path) -> None:
 
     samples = make_samples(tmp_path, 3)
     pictures = RunPictures(tmp_path, SPEC, print)
-    pictures.events = EventsFile(tmp_path, 0)
+    pictures.events = EventsFile(tmp_path, 0, print)
     pictures.training_batch(0, 0, batch(2))
     pictures.epoch_ended(4, validation(samples))
-    pictures.events.close()
     events = EventAccumulator(str(tmp_path)).Reload()
     assert set(events.Tags()["images"]) == {"train_batch0", "val_batch0_pred"}
     (image,) = events.Images("val_batch0_pred")

@@ -22,6 +22,8 @@ RunCli = Callable[..., Any]
         (("--time-budget", "soon"), "--time-budget 'soon'"),
         (("--resume",), "no run has saved anything there"),
         (("--resume", "--epochs", "3"), "give it alone"),
+        (("--resume", "--name", "exp3"), "--name says nothing"),
+        (("--resume", "exp", "--project", "runs"), "--project says nothing"),
         (("--data", "nowhere", "--batch-size", "0"), "batch_size"),
         (("--data", "nowhere", "--hyp", "none.yaml"), "none.yaml"),
         ((), "--data"),
