@@ -110,6 +110,7 @@ class StageTrainer:
         """
         validation: Validation | None = None
         if self.ranks.first:
+            self.job.folder.mkdir(parents=True, exist_ok=True)
             self.results.keep_before(self.epoch)
             self.events = self.pictures.events = EventsFile(self.job.folder, self.epoch, self.say)
         self.pictures.labels(self.job.train_samples)

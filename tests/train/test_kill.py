@@ -178,4 +178,5 @@ def killed_and_compared(folder: Path, kills: int, seed: int) -> None:
         texts = [(run / stage / "results.csv").read_text() for run in (alone, killed)]
         assert texts[0] == texts[1]
         assert len(list(csv.reader(texts[0].splitlines()))) >= 3
+        assert (alone / stage / "labels.jpg").is_file() and list((alone / stage).glob("events.out.*"))
         assert [path.name for path in (killed / stage / "weights").glob(".*")] == []

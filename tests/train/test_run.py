@@ -302,6 +302,8 @@ def test_a_disk_that_is_full_leaves_the_checkpoint_before(tmp_path: Path, monkey
         again = rf"^{tmp_path / 'run'}\S*: No space left.*parkdet train --resume {tmp_path / 'run'}$"
         with pytest.raises(ParkdetError, match=again):
             resume_run(tmp_path / "run", lambda _line: None)
+        patch.undo()
+        patch.setattr(loop, "save_checkpoint", lambda *_: full(0))
         with pytest.raises(ParkdetError, match=r"nothing was saved yet.*--project"):
             started(tmp_path / "other", run_settings(data))
     assert last.read_bytes() == before
