@@ -385,14 +385,21 @@ class TensorRtBackend(GraphBackend):
             prepared.context.close()
         self._prepared.clear()
         self._memory.drop()
-        with suppress(queue.Empty):
-            idle = [self._free.get_nowait() for _ in range(self._free.qsize())]
+        idle: list[Slot] = []
+        try:
+            with suppress(queue.Empty):  # others take slots meanwhile
+                while True:
+                    idle.append(self._free.get_nowait())
+                    idle[-1].drop()
+        finally:
             for slot in idle:
-                slot.drop()
                 self._free.put(slot)
 
     def _release(self) -> None:
         with self._device, self._device.current(), self._resources, self._submitting:
+            if self._prepared:  # whose work may be in progress, of a thread that was left behind
+                with suppress(DriverError):
+                    self._compute.synchronize()
             for prepared in self._prepared.values():
                 prepared.context.close()
             self._prepared.clear()

@@ -91,10 +91,13 @@ class Engine:
         self._runtime = trt.Runtime(library.logger)
         engine = self._runtime.deserialize_cuda_engine(content)
         if engine is None:
-            raise ArtifactError(
-                f"{library.failure(f'{where}: {library.flavour} {library.version} cannot load it')}; engines are made "
-                "for one version and kind of GPU: run 'parkdet export --engine' for this one"
+            failure = library.failure(f"{where}: {library.flavour} {library.version} cannot load it")
+            remedy = (
+                "the GPU's memory does not hold it beside what is there: end other programs on it"
+                if isinstance(failure, TensorRtOutOfMemory)
+                else "engines are made for one version and kind of GPU: run 'parkdet export --engine' for this one"
             )
+            raise ArtifactError(f"{failure}; {remedy}")
         self._engine: Any = engine
         tensors = [self._tensor(engine.get_tensor_name(index)) for index in range(engine.num_io_tensors)]
         inputs = [tensor for is_input, tensor in tensors if is_input]
@@ -151,11 +154,27 @@ class Engine:
 
     def context(self, batch: int, canvas_hw: tuple[int, int]) -> ExecutionContext:
         """A context for one size of batch and canvas, without memory of its own."""
-        strategy = self.library.module.ExecutionContextAllocationStrategy.USER_MANAGED
-        native = self._engine.create_execution_context(strategy)
+        native = self._engine.create_execution_context(self._runtime_choice())
         if native is None:
             raise self.library.failure(f"{self.where}: no execution context could be made")
         return ExecutionContext(self, native, (batch, *canvas_hw, 3))
+
+    def _runtime_choice(self) -> Any:
+        """What a context is made with: its memory comes from us, and its kernels are compiled before they run.
+
+        TensorRT for RTX by itself compiles those of a new shape in the background and runs general ones until it is
+        done. A CUDA graph recorded before then would replay the slower ones for ever.
+        """
+        trt = self.library.module
+        memory = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if self.library.flavour == "tensorrt":
+            return memory
+        choice = self._engine.create_runtime_config()
+        if choice is None:
+            raise self.library.failure(f"{self.where}: no runtime configuration could be made")
+        choice.set_execution_context_allocation_strategy(memory)
+        choice.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        return choice
 
     def close(self) -> None:
         """Drop the engine, then its runtime. Its contexts must be gone."""
@@ -185,7 +204,10 @@ class ExecutionContext:
         self._native: Any = native
         if not native.set_input_shape(engine.input.name, shape):
             raise self._failed(f"images of {shape} were refused")
-        unknown = native.infer_shapes()
+        try:
+            unknown = native.infer_shapes()
+        except RuntimeError as error:  # the bindings' words for a negative answer
+            raise self._failed(f"the shapes could not be inferred ({error})") from error
         if unknown:
             raise self._failed(f"the shapes of {', '.join(unknown)} are not known")
         self.scratch_bytes = int(native.update_device_memory_size_for_shapes())

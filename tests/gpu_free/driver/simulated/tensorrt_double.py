@@ -42,7 +42,7 @@ class Answers(dict[tuple[str, str], Any]):
 
 def tensorrt_double(flavour: str) -> Any:
     """The module of TensorRT 10.16 (`10`), 11.4 (`11`) or for RTX 1.7 (`rtx`). `.surface.log` has its calls,
-    `.answers` makes them fail."""
+    `.answers` makes them fail, `.general_runs` counts runs of kernels that are not of the shape."""
     surface = Surface(flavour)
     module: Any = ModuleType(MODULES[flavour])
     answers = Answers()
@@ -124,9 +124,17 @@ def tensorrt_double(flavour: str) -> Any:
             low, high = self._about["canvases"] or [self._shape(name)[:2]] * 2
             return [(self._about[key], *canvas, 3) for key, canvas in (("least", low), ("most", high), ("most", high))]
 
-        def create_execution_context(self, strategy: Any = None) -> Any:
-            assert strategy is surface.enumerations["ExecutionContextAllocationStrategy"].USER_MANAGED
-            return answer("ICudaEngine", "create_execution_context", IExecutionContext(self))
+        def create_runtime_config(self) -> Any:
+            return answer("ICudaEngine", "create_runtime_config", IRuntimeConfig())
+
+        def create_execution_context(self, how: Any = None) -> Any:
+            given = isinstance(how, IRuntimeConfig)
+            memory = how.get_execution_context_allocation_strategy() if given else how
+            assert memory is surface.enumerations["ExecutionContextAllocationStrategy"].USER_MANAGED
+            context = IExecutionContext(self)
+            # Only TensorRT for RTX has general kernels, which run until those of a shape are compiled.
+            context._general = flavour == "rtx" and not (given and how._specialization.name == "EAGER")
+            return answer("ICudaEngine", "create_execution_context", context)
 
         def _shape(self, name: str) -> tuple[int, ...]:
             (tensor,) = (tensor for tensor in [*self._outputs, self._input] if tensor.name == name)
@@ -138,7 +146,31 @@ def tensorrt_double(flavour: str) -> Any:
             values = self._session.run(outputs, {self._input.name: np.zeros(shape, np.uint8)})
             return {name: value.shape for name, value in zip(outputs, values, strict=True)}
 
+    class IRuntimeConfig(Strict):
+        def __init__(self) -> None:
+            self._memory = surface.enumerations["ExecutionContextAllocationStrategy"].STATIC
+            if flavour == "rtx":
+                self._specialization = surface.enumerations["DynamicShapesKernelSpecializationStrategy"].LAZY
+
+        def get_execution_context_allocation_strategy(self) -> Any:
+            return self._memory
+
+        def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
+            self._memory = strategy
+
+        @property
+        def dynamic_shapes_kernel_specialization_strategy(self) -> Any:
+            surface.check_property("IRuntimeConfig", "dynamic_shapes_kernel_specialization_strategy")
+            return self._specialization
+
+        @dynamic_shapes_kernel_specialization_strategy.setter
+        def dynamic_shapes_kernel_specialization_strategy(self, strategy: Any) -> None:
+            surface.check_property("IRuntimeConfig", "dynamic_shapes_kernel_specialization_strategy")
+            self._specialization = strategy
+
     class IExecutionContext(Strict):
+        _general = False
+
         def __init__(self, engine: Any) -> None:
             self._engine = engine
             self._addresses: dict[str, int] = {}
@@ -155,7 +187,10 @@ def tensorrt_double(flavour: str) -> Any:
 
         def infer_shapes(self) -> list[str]:
             usual: list[str] = [] if self._batch else [self._engine._input.name]
-            return list(answer("IExecutionContext", "infer_shapes", usual))
+            names = answer("IExecutionContext", "infer_shapes", usual)
+            if names is None:
+                raise RuntimeError("infer_shapes error code: -1")
+            return list(names)
 
         def update_device_memory_size_for_shapes(self) -> int:
             assert self._batch
@@ -180,11 +215,13 @@ def tensorrt_double(flavour: str) -> Any:
 
         def execute_async_v3(self, stream_handle: int) -> bool:
             engine, addresses, memory, shape = self._engine, dict(self._addresses), self._memory, self._input_shape
+            general = self._general  # of the kernels enqueued now: a graph has these for ever
             names = [engine._input.name, *(output.name for output in engine._outputs)]
             assert sorted(addresses) == sorted(names), "an address is missing"
             assert memory[0], "there is no scratch memory"
 
             def run(_: Any) -> None:
+                module.general_runs += general
                 image = _memory(addresses[engine._input.name], shape, np.uint8).copy()
                 _memory(memory[0], (memory[1],), np.uint8)[:] = 0xEE
                 outputs = [output.name for output in engine._outputs]
@@ -203,13 +240,13 @@ def tensorrt_double(flavour: str) -> Any:
 
     if flavour != "rtx":
         del IExecutionContext.is_stream_capturable
-    for kind in (ILogger, Runtime, ICudaEngine, IExecutionContext):
+    for kind in (ILogger, Runtime, ICudaEngine, IRuntimeConfig, IExecutionContext):
         kind.surface = surface
         setattr(module, kind.__name__, kind)
     for name, enumeration in surface.enumerations.items():
         setattr(module, name, enumeration)
     module.__version__ = VERSIONS[flavour]
-    module.surface, module.answers = surface, answers
+    module.surface, module.answers, module.general_runs = surface, answers, 0
     return module
 
 

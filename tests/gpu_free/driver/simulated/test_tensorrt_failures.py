@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +17,7 @@ from parkdet.runtime.cuda.driver import DriverError
 from parkdet.runtime.errors import ArtifactError, ParkdetError, UsageError
 from tests.gpu_free.driver.simulated.engines import CANVAS, NMS, batch_of, same
 
-LAUNCH_FAILED = 719
+OUT_OF_MEMORY, LAUNCH_FAILED = 2, 719
 
 
 def _session(engine: Path) -> None:
@@ -96,6 +97,38 @@ def test_an_engine_that_fails_while_it_is_recorded_runs_again_when_it_is_well(
         backend.detect(*batch, NMS)
     trt.answers.clear()
     assert all(same(backend.detect(*batch, NMS), first[0]) for _ in range(4))
+
+
+def test_a_slot_that_another_thread_takes_while_memory_is_given_back_is_not_lost(
+    backend: TensorRtBackend, simulation: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Contended(queue.SimpleQueue[Any]):
+        """Its second slot is another's just when it is asked for."""
+
+        def get_nowait(self) -> Any:
+            if self.qsize() == 1:
+                raise queue.Empty
+            return super().get_nowait()
+
+    contended: Contended = Contended()
+    for slot in backend._slots:
+        contended.put(slot)
+    backend._free = contended
+    simulation.fail("cuMemAlloc", 4, OUT_OF_MEMORY)
+    backend.detect(*batch_of(4, 0), NMS)
+    assert "going on with 2 at a time" in caplog.text
+    assert contended.qsize() == len(backend._slots)
+
+
+def test_closing_waits_for_what_is_in_progress(trt: Any, engine: Path, simulation: Any) -> None:
+    """TensorRT's contexts must not go while their work is queued."""
+    assert trt is not None
+    backend = TensorRtBackend(engine, BackendOptions(device="cuda:0"))
+    backend.detect(*batch_of(2, 0), NMS)
+    simulation.reset()
+    backend.close()
+    calls = simulation.calls()
+    assert calls.index("cuStreamSynchronize") < min(calls.index(name) for name in calls if "Free" in name)
 
 
 @pytest.mark.parametrize(
