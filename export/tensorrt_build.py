@@ -158,6 +158,8 @@ def _configure(
         for index, architecture in enumerate(settings.architectures):
             capability = getattr(trt.ComputeCapability, f"SM{architecture}")
             session.demand(config.set_compute_capability(capability, index), f"takes no target {architecture}")
+        # Else what is larger than its limit for static memory allocates when it runs, and no CUDA graph can record it.
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     elif settings.hardware != "none":
         level = {"ampere-plus": "AMPERE_PLUS", "same-compute-capability": "SAME_COMPUTE_CAPABILITY"}[settings.hardware]
         config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, level)

@@ -397,12 +397,13 @@ class TensorRtBackend(GraphBackend):
 
     def _release(self) -> None:
         with self._device, self._device.current(), self._resources, self._submitting:
-            if self._prepared:  # whose work may be in progress, of a thread that was left behind
-                with suppress(DriverError):
+            try:
+                if self._prepared and self._free.qsize() < SLOTS:  # a thread that was left behind has work in progress
                     self._compute.synchronize()
-            for prepared in self._prepared.values():
-                prepared.context.close()
-            self._prepared.clear()
+            finally:
+                for prepared in self._prepared.values():
+                    prepared.context.close()
+                self._prepared.clear()
 
 
 def engine_files(path: Path) -> list[Path]:

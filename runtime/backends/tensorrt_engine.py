@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
@@ -31,8 +32,44 @@ class TensorRtOutOfMemory(TensorRtError):  # noqa: N818 - the name says what hap
     """It failed for want of memory on the device."""
 
 
+class _Log:
+    """Warnings and errors of one TensorRT: the last few since they were asked for."""
+
+    def __init__(self, module: Any) -> None:
+        self._messages: deque[str] = deque(maxlen=_KEPT_MESSAGES)
+        self._lock = threading.Lock()
+        keep = self._keep
+
+        class Logger(module.ILogger):  # type: ignore[misc]
+            def __init__(self) -> None:
+                module.ILogger.__init__(self)
+
+            def log(self, severity: Any, msg: str) -> None:
+                if severity in (module.ILogger.INTERNAL_ERROR, module.ILogger.ERROR, module.ILogger.WARNING):
+                    keep(msg)
+
+        self.logger = Logger()
+
+    def _keep(self, message: str) -> None:
+        with self._lock:
+            self._messages.append(" ".join(message.split()))
+
+    def take(self) -> list[str]:
+        """Each message once, in the order in which they came; they are forgotten here."""
+        with self._lock:
+            said = list(dict.fromkeys(self._messages))
+            self._messages.clear()
+        return said
+
+
+@cache
+def _log_of(module: Any) -> _Log:
+    """One for all that a process opens: TensorRT ignores another logger as long as something of the first lives."""
+    return _Log(module)
+
+
 class Library:
-    """The Python module of one flavour, with a logger that keeps warnings and errors."""
+    """The Python module of one flavour, and its log."""
 
     def __init__(self, flavour: Flavour) -> None:
         """UsageError where the module is not installed or lacks its libraries."""
@@ -44,37 +81,17 @@ class Library:
             raise UsageError(
                 f"{name} cannot be imported ({error}); pip install '{flavour}-cu13' brings it for CUDA 13"
             ) from error
-        self._messages: deque[str] = deque(maxlen=_KEPT_MESSAGES)
-        self._lock = threading.Lock()
-        self.logger = self._make_logger()
+        self._log = _log_of(self.module)
+        self.logger = self._log.logger
 
     @property
     def version(self) -> str:
         """The version of TensorRT, as its module tells it."""
         return str(self.module.__version__)
 
-    def _make_logger(self) -> Any:
-        module, keep = self.module, self._keep
-
-        class Logger(module.ILogger):  # type: ignore[misc, name-defined]
-            def __init__(self) -> None:
-                module.ILogger.__init__(self)
-
-            def log(self, severity: Any, msg: str) -> None:
-                if severity in (module.ILogger.INTERNAL_ERROR, module.ILogger.ERROR, module.ILogger.WARNING):
-                    keep(msg)
-
-        return Logger()
-
-    def _keep(self, message: str) -> None:
-        with self._lock:
-            self._messages.append(" ".join(message.split()))
-
     def failure(self, what: str) -> TensorRtError:
         """The error for a call that failed, with what was logged since the last one."""
-        with self._lock:
-            said = "; ".join(dict.fromkeys(self._messages)) or "it logged nothing"
-            self._messages.clear()
+        said = "; ".join(self._log.take()) or "it logged nothing"
         lower = said.lower()
         kind = TensorRtOutOfMemory if "outofmemory" in lower or "out of memory" in lower else TensorRtError
         return kind(f"{what}: {said}")

@@ -104,6 +104,9 @@ def tensorrt(recorded: str, **answers: Any) -> Any:
             def set_compute_capability(self, compute_capability: Any, index: int) -> bool:
                 return bool(answers.get("set_compute_capability", True))
 
+            def set_flag(self, flag: Any) -> None:
+                pass
+
         def set_memory_pool_limit(self, pool: Any, pool_size: int) -> None:
             self._limit = pool_size
 
@@ -263,6 +266,7 @@ def test_the_calls_are_those_of_the_bindings(recorded: str, flavour: Any) -> Non
     if flavour == "tensorrt-rtx":
         assert "set_compute_capability(ComputeCapability.SM86, 0)" in log
         assert "set_compute_capability(ComputeCapability.SM89, 1)" in log
+        assert "IBuilderConfig.set_flag(BuilderFlag.REQUIRE_USER_ALLOCATION)" in log
         assert "Runtime.get_engine_validity(<120 bytes>)" in log
         assert "timing" not in log
         assert built.timings is None

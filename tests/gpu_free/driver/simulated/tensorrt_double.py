@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import itertools
 import json
+import weakref
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -46,15 +48,20 @@ def tensorrt_double(flavour: str) -> Any:
     surface = Surface(flavour)
     module: Any = ModuleType(MODULES[flavour])
     answers = Answers()
-    loggers: list[Any] = []
+    numbers = itertools.count()
+    runtimes: weakref.WeakSet[Any] = weakref.WeakSet()
     kept: list[Any] = []  # functions that a stream or a graph may still run
     driver = ctypes.CDLL("libcuda.so.1")
+
+    def registered() -> Any:
+        """The logger of the first runtime that is alive: TensorRT has one at a time and ignores others."""
+        return min(runtimes, key=lambda runtime: runtime._number)._logger
 
     def answer(kind: str, method: str, usual: Any) -> Any:
         if (kind, method) not in answers:
             return usual
         for message in answers.messages:
-            loggers[-1].log(ILogger.ERROR, message)
+            registered().log(ILogger.ERROR, message)
         return answers[kind, method]
 
     class ILogger(Strict):
@@ -62,7 +69,7 @@ def tensorrt_double(flavour: str) -> Any:
         INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = Severity
 
         def __init__(self) -> None:
-            loggers.append(self)
+            """As the bindings want it: called by what inherits."""
 
         def log(self, severity: Any, msg: str) -> None:
             raise NotImplementedError
@@ -70,13 +77,16 @@ def tensorrt_double(flavour: str) -> Any:
     class Runtime(Strict):
         def __init__(self, logger: Any) -> None:
             assert isinstance(logger, ILogger)
-            self._logger = logger
+            self._logger, self._number = logger, next(numbers)
+            runtimes.add(self)
+            if registered() is not logger:
+                registered().log(ILogger.WARNING, "The logger passed into createInferRuntime differs and is ignored")
 
         def deserialize_cuda_engine(self, serialized_engine: bytes) -> Any:
             usual = ICudaEngine(bytes(serialized_engine)) if serialized_engine.startswith(MAGIC) else None
             if usual is None:
-                self._logger.log(ILogger.WARNING, "Using an engine plan file across different models of devices")
-                self._logger.log(ILogger.ERROR, "IRuntime::deserializeCudaEngine: Error Code 1: Serialization")
+                registered().log(ILogger.WARNING, "Using an engine plan file across different models of devices")
+                registered().log(ILogger.ERROR, "IRuntime::deserializeCudaEngine: Error Code 1: Serialization")
             return answer("Runtime", "deserialize_cuda_engine", usual)
 
     class ICudaEngine(Strict):
@@ -235,7 +245,7 @@ def tensorrt_double(flavour: str) -> Any:
                 return bool(answer("IExecutionContext", "execute_async_v3", None))
             result = driver.cuLaunchHostFunc(ctypes.c_void_p(stream_handle), function, None)
             if result:
-                loggers[-1].log(ILogger.ERROR, f"Cuda Runtime ({result}) while enqueueing")
+                registered().log(ILogger.ERROR, f"Cuda Runtime ({result}) while enqueueing")
             return not result
 
     if flavour != "rtx":

@@ -21,7 +21,7 @@ from parkdet.runtime.backends.base import BackendOptions, FinishingBackend, open
 from parkdet.runtime.backends.tensorrt import DeviceImage, TensorRtBackend
 from parkdet.runtime.cuda.driver import Device, Event, Stream, call
 from parkdet.runtime.detector import Detector
-from parkdet.runtime.errors import ArtifactError, ParkdetError, UsageError
+from parkdet.runtime.errors import ArtifactError, UsageError
 from parkdet.runtime.geometry import Letterbox
 from parkdet.runtime.heads import decode_candidates
 from parkdet.runtime.model_spec import ModelSpec, TensorSpec
@@ -345,68 +345,6 @@ def test_images_of_others_on_the_device_after_their_stream(
         call("cuMemFreeHost", pinned)
         call("cuStreamDestroy", stream)
     assert order
-
-
-@pytest.mark.parametrize(
-    ("kind", "method", "instead"),
-    [
-        ("Runtime", "deserialize_cuda_engine", None), ("ICudaEngine", "create_execution_context", None),
-        ("IExecutionContext", "set_input_shape", False), ("IExecutionContext", "infer_shapes", ["images"]),
-        ("IExecutionContext", "infer_shapes", None),
-        ("IExecutionContext", "set_tensor_address", False), ("IExecutionContext", "execute_async_v3", False),
-    ],
-)  # fmt: skip
-def test_what_tensorrt_refuses_is_an_error_with_its_words(
-    trt: Any, engine: Path, simulation: Any, kind: str, method: str, instead: Any
-) -> None:
-    assert simulation is not None
-    trt.answers[kind, method] = instead
-    images, letterboxes = batch_of(2, 1)
-
-    def session() -> None:
-        with TensorRtBackend(engine, BackendOptions(device="cuda:0")) as backend:
-            backend.detect(images, letterboxes, NMS)
-
-    with pytest.raises(ParkdetError, match="the engine is unwell; and says why"):
-        session()
-
-
-@pytest.mark.parametrize("flavour", ["rtx"])
-def test_tensorrt_for_rtx_records_the_kernels_of_the_shape(backend: TensorRtBackend, trt: Any, simulation: Any) -> None:
-    batch = batch_of(2, 1)
-    for _ in range(6):
-        backend.detect(*batch, NMS)
-    assert "cuGraphLaunch" in simulation.calls()
-    assert trt.general_runs == 0
-
-
-@pytest.mark.parametrize("flavour", ["rtx"])
-def test_a_runtime_configuration_that_is_refused_is_told(backend: TensorRtBackend, trt: Any, simulation: Any) -> None:
-    assert simulation is not None
-    trt.answers["ICudaEngine", "create_runtime_config"] = None
-    with pytest.raises(ParkdetError, match="no runtime configuration could be made: the engine is unwell"):
-        backend.detect(*batch_of(2, 1), NMS)
-
-
-def test_an_engine_too_large_for_the_memory_is_not_called_another_gpus(
-    trt: Any, engine: Path, simulation: Any
-) -> None:
-    assert simulation is not None
-    trt.answers["Runtime", "deserialize_cuda_engine"] = None
-    trt.answers.messages = ("Error Code 2: OutOfMemory (Requested size was 300000000 bytes.)",)
-    with pytest.raises(ArtifactError, match=r"300000000 bytes.*the GPU's memory does not hold it") as told:
-        open_backend(engine)
-    assert "parkdet export" not in str(told.value)
-
-
-def test_out_of_memory_in_tensorrt_shrinks_the_batch(
-    backend: TensorRtBackend, trt: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    trt.answers["ICudaEngine", "create_execution_context"] = None
-    trt.answers.messages = ("Error Code 2: OutOfMemory (Requested size was 9 bytes.)",)
-    with caplog.at_level(logging.WARNING), pytest.raises(ArtifactError, match="a batch of 1 does not fit"):
-        backend.detect(*batch_of(4, 1), NMS)
-    assert "going on with 2 at a time" in caplog.text
 
 
 def test_engines_that_this_machine_cannot_run(

@@ -125,6 +125,7 @@ def test_closing_waits_for_what_is_in_progress(trt: Any, engine: Path, simulatio
     assert trt is not None
     backend = TensorRtBackend(engine, BackendOptions(device="cuda:0"))
     backend.detect(*batch_of(2, 0), NMS)
+    backend._free.get()  # as a thread has it that waits for its batch
     simulation.reset()
     backend.close()
     calls = simulation.calls()
