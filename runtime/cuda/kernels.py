@@ -288,12 +288,14 @@ def letterbox_launch(letterbox: Letterbox, image: int, canvas: int, image_pitch:
     """One BGR uint8 image at address `image`, rows `image_pitch` bytes apart, onto its canvas at address `canvas`.
 
     The canvas is (height, width, 3) uint8 without gaps; all of it is written. A pitch of 0 says that the image has no
-    gaps. ValueError where a side is too long for the kernel's integers.
+    gaps. ValueError where a side, or the canvas, is too large for the kernel's integers.
     """
     for side, resized in zip(letterbox.image_hw, letterbox.resized_hw, strict=True):
         if 2 * (side + 1) * (resized + 1) >= 2**31 or side >= 2**24:
             raise ValueError(f"a side of {side} pixels scaled to {resized} is too long for the letterbox kernel")
     (height, width), (canvas_height, canvas_width) = letterbox.image_hw, letterbox.canvas_hw
+    if 3 * canvas_height * canvas_width >= 2**31:
+        raise ValueError(f"a canvas of {canvas_height} x {canvas_width} pixels is too large for the letterbox kernel")
     parameters = LetterboxParameters(
         image, canvas, image_pitch or 3 * width, height, width, *letterbox.resized_hw, canvas_height, canvas_width,
         letterbox.top, letterbox.left,

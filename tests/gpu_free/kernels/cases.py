@@ -164,6 +164,10 @@ def nms_cases() -> Iterator[NmsCase]:
         objectness=3, spread=1.0, max_candidates=2000,
     )  # fmt: skip
     yield random(
+        "two widths of a block, two images, by class", model(5), (64, 96), 2, NmsSettings(iou=0.3, max_det=2500),
+        objectness=3, spread=1.0, max_candidates=2000,
+    )  # fmt: skip
+    yield random(
         "over a cap of two tiles", model(14), (64, 96), 1, NmsSettings(iou=0.6, max_det=1500), objectness=3,
         max_candidates=2060, schedule=1,
     )  # fmt: skip
@@ -325,6 +329,7 @@ def letterbox_cases() -> Iterator[LetterboxCase]:
         ("shrunk much", (211, 97), 10, 8),
         ("shrunk with slivers", (1003, 31), 1001, 32),
         ("shrunk with slivers of exactly a thousandth", (1001, 31), 1000, 32),
+        ("shrunk with slivers over a thousandth of the small pixel only", (47, 5000), 999, 32),
         ("shrunk by a pixel, portrait", (97, 61), 96, 32),
         ("shrunk in one row", (1, 50), 20, 32),
         ("shrunk in one column", (50, 1), 20, 32),

@@ -59,6 +59,11 @@ def test_a_side_that_overflows_is_refused() -> None:
         letterbox_launch(Letterbox.fit((10, 900_000), 1536, 64), 0, 0)
 
 
+def test_a_canvas_that_overflows_is_refused() -> None:
+    with pytest.raises(ValueError, match="a canvas of 26800 x 26800 pixels is too large"):
+        letterbox_launch(Letterbox.fit((10, 10), 10, 8, (26_800, 26_800)), 0, 0)
+
+
 @pytest.mark.bench
 def test_how_often_a_grey_level_differs(simulation: Simulation) -> None:
     """`./dev benchmarks tests/gpu_free/kernels/test_letterbox.py`: random images of up to 140 pixels a side."""
