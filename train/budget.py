@@ -116,7 +116,14 @@ class StagePlanner:
             self.seconds_a_batch += weight * (seconds - self.seconds_a_batch)
         if measured < FIRST_PLAN_BATCHES:
             # Too early for a plan; but a budget that is over is over.
-            return self.schedule.end_step if self._seconds_for(step + 1) > 0 else step + 1
+            if self._seconds_for(step + 1) > 0:
+                return self.schedule.end_step
+            left, done = duration(max(self.budget.left(), 0)), (step + 1) / self.schedule.batches
+            self.say(
+                f"time budget: {left} left of {duration(self.budget.seconds)}, which is too little for more; this "
+                f"stage ends after {done:.3g} epochs in place of the recipe's {self.work.epochs}"
+            )
+            return step + 1
         end = self._fitting_end(step + 1)
         now_end = self.schedule.end_step
         slack = max(WORTH_SAYING * (self.recipe_end - step), 1)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from parkdet.runtime.errors import DataError, ParkdetError, UsageError
+from parkdet.runtime.errors import ArtifactError, DataError, ParkdetError, UsageError
 from parkdet.runtime.run_folder import sole_writer
 from parkdet.runtime.settings import Settings, dump_settings, load_settings
 from parkdet.runtime.shards import write_atomically
@@ -100,6 +100,8 @@ def resume_run(
     assert stopped is not None
     folder, settings = stopped
     say(f"resuming {folder}")
+    if ranks.first and not any(folder.rglob("weights/last.pt")):
+        say("nothing was saved before it was stopped: it begins anew")
     device = settings.device if device_name == "auto" and ranks.world == 1 else device_name
     with sole_writer(folder) if ranks.first else nullcontext(), _full_disk_explained(folder):
         changed: dict[str, Any] = {} if budget is None else {"time_budget": budget.seconds}
@@ -184,9 +186,7 @@ class _Run:
         for number, (name, stage) in enumerate(self.stages):
             stage_folder = self.folder / name if name else self.folder
             last, best = (stage_folder / "weights" / file for file in ("last.pt", "best.pt"))
-            before = self.ranks.from_first(load_checkpoint(last) if self.ranks.first and last.is_file() else None)
-            if before is not None and self.budget is not None:
-                self._count_used(before.training)
+            before = self._stopped_in(last)
             if before is not None:
                 data_before = before.training.get("data")
             if before is not None and before.training.get("finished"):
@@ -209,6 +209,20 @@ class _Run:
         if self.budget is not None:
             say(f"time budget: {duration(self.budget.used())} of {duration(self.budget.seconds)} used")
         return best
+
+    def _stopped_in(self, last: Path) -> Checkpoint | None:
+        """Where a session before this one left a stage; None where it has not begun."""
+        before = self.ranks.from_first(load_checkpoint(last) if self.ranks.first and last.is_file() else None)
+        if before is None:
+            return None
+        if not (before.training.get("finished") or "state" in before.training):
+            raise ArtifactError(
+                f"{last}: holds weights, but no state to go on from, as best.pt and public files do; bring the run's "
+                f"own last.pt back, or begin anew with --weights {last}"
+            )
+        if self.budget is not None:
+            self._count_used(before.training)
+        return before
 
     def _network(
         self, number: int, stage: TrainSettings, before: Checkpoint | None, start: Path | None

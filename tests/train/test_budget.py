@@ -165,7 +165,12 @@ def test_a_budget_that_is_over_ends_the_stage_after_a_batch() -> None:
     clock = Clock()
     budget = TimeBudget(10, clock=clock)
     clock.now += 11
-    assert play(budget, clock, settings(), lambda _step: 1.0).steps == 1
+    played = play(budget, clock, settings(), lambda _step: 1.0)
+    assert played.steps == 1
+    assert played.said == [
+        "time budget: 0 s left of 10 s, which is too little for more; this stage ends after 0.005 epochs in place of "
+        "the recipe's 50"
+    ]
 
 
 def test_a_later_stage_gets_its_share() -> None:

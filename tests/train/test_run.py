@@ -12,8 +12,8 @@ import cv2
 import numpy as np
 import pytest
 
-from parkdet.runtime.errors import DataError, Interrupted, ParkdetError, UsageError
-from parkdet.runtime.settings import load_settings
+from parkdet.runtime.errors import ArtifactError, DataError, Interrupted, ParkdetError, UsageError
+from parkdet.runtime.settings import dump_settings, load_settings
 from parkdet.train import load_checkpoint, loop, save_checkpoint
 from parkdet.train.budget import TimeBudget
 from parkdet.train.config import load_recipe
@@ -169,6 +169,15 @@ def test_other_classes_are_not_resumed_with(tmp_path: Path, monkeypatch: pytest.
         resume_run(tmp_path / "run", lambda _line: None)
 
 
+def test_a_run_that_had_saved_nothing_begins_anew_and_says_so(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "args.yaml").write_text(dump_settings(run_settings(write_data(tmp_path / "data", 7))))
+    said: list[str] = []
+    assert resume_run(folder, said.append).is_file()
+    assert said[1] == "nothing was saved before it was stopped: it begins anew"
+
+
 def test_a_data_set_that_moved_is_resumed_with_and_another_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,6 +226,14 @@ def test_a_data_set_that_changed_between_stages_is_refused(tmp_path: Path, monke
     with pytest.raises(DataError, match=r"a/weights/last\.pt was trained on"):
         resume_run(tmp_path / "run", lambda _line: None)
     assert not (tmp_path / "run" / "b").exists()
+
+
+def test_weights_without_a_state_are_not_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "run"
+    stop_after_one_epoch(folder, run_settings(write_data(tmp_path / "data", 7), "epochs=2"), monkeypatch)
+    (folder / "weights" / "last.pt").write_bytes((folder / "weights" / "best.pt").read_bytes())
+    with pytest.raises(ArtifactError, match=r"last\.pt: holds weights, but no state to go on from"):
+        resume_run(folder, lambda _line: None)
 
 
 class StepClock:
