@@ -30,6 +30,9 @@ from parkdet.train.starting import starting_network, stopped_network
 from parkdet.train.training_data import TrainingData, count_boxes, read_training_data
 
 ARGS_FILE = "args.yaml"
+CHANGEABLE = frozenset({"cache", "cache_dir", "patience", "save_minutes", "save_period"})
+"""Settings that may be edited in `args.yaml` before a run is resumed: what is learned from a batch does not depend on
+them."""
 Say = Callable[[str], None]
 
 
@@ -186,7 +189,7 @@ class _Run:
         for number, (name, stage) in enumerate(self.stages):
             stage_folder = self.folder / name if name else self.folder
             last, best = (stage_folder / "weights" / file for file in ("last.pt", "best.pt"))
-            before = self._stopped_in(last)
+            before = self._stopped_in(last, stage)
             if before is not None:
                 data_before = before.training.get("data")
             if before is not None and before.training.get("finished"):
@@ -210,7 +213,7 @@ class _Run:
             say(f"time budget: {duration(self.budget.used())} of {duration(self.budget.seconds)} used")
         return best
 
-    def _stopped_in(self, last: Path) -> Checkpoint | None:
+    def _stopped_in(self, last: Path, stage: TrainSettings) -> Checkpoint | None:
         """Where a session before this one left a stage; None where it has not begun."""
         before = self.ranks.from_first(load_checkpoint(last) if self.ranks.first and last.is_file() else None)
         if before is None:
@@ -219,6 +222,13 @@ class _Run:
             raise ArtifactError(
                 f"{last}: holds weights, but no state to go on from, as best.pt and public files do; bring the run's "
                 f"own last.pt back, or begin anew with --weights {last}"
+            )
+        started, now = before.training.get("settings", {}), stage_record(stage)
+        changed = [f"{key} is {now.get(key)!r} and was {was!r}" for key, was in started.items() if now.get(key) != was]
+        if changed and not before.training.get("finished"):
+            raise UsageError(
+                f"{self.folder / ARGS_FILE}: {'; '.join(changed)} when the run was started; put it back, or begin "
+                f"anew with --weights {last}"
             )
         if self.budget is not None:
             self._count_used(before.training)
@@ -284,6 +294,7 @@ class _Run:
                 "stage": self.stages[number][0],
                 "split": self.recipe.split.model_dump(),
                 "data": self.data_now,
+                "settings": stage_record(self.stages[number][1]),
             },
             ranks=self.ranks,
         )
@@ -334,6 +345,11 @@ class _Run:
                 f"{self.settings.data}: is not the same data set for all processes ({counts} images to train on, or "
                 "other labels); give every machine the same files"
             )
+
+
+def stage_record(stage: TrainSettings) -> dict[str, Any]:
+    """The settings that a stage is only resumed with, as plain values."""
+    return stage.model_dump(mode="json", exclude=set(CHANGEABLE))
 
 
 def whole_cells(imgsz: int, stride_max: int) -> int:

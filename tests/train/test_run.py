@@ -236,6 +236,21 @@ def test_weights_without_a_state_are_not_resumed(tmp_path: Path, monkeypatch: py
         resume_run(folder, lambda _line: None)
 
 
+def test_settings_that_were_edited_are_named_unless_they_do_no_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    stop_after_one_epoch(folder, run_settings(write_data(tmp_path / "data", 7), "epochs=2"), monkeypatch)
+    args = folder / "args.yaml"
+    before = args.read_text()
+    args.write_text(before.replace("optimizer: AdamW", "optimizer: SGD").replace("epochs: 2", "epochs: 5"))
+    with pytest.raises(UsageError, match=r"args\.yaml: epochs is 5 and was 2; optimizer is 'SGD' and was 'AdamW' when"):
+        resume_run(folder, lambda _line: None)
+    args.write_text(before.replace("cache: none", "cache: ram").replace("patience: 100", "patience: 7"))
+    assert args.read_text() != before
+    assert resume_run(folder, lambda _line: None).is_file()
+
+
 class StepClock:
     """A clock that a training moves: two seconds a batch, three a validation."""
 
