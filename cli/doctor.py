@@ -24,6 +24,9 @@ LEAST_FREE_BYTES = 2 * GIB
 """A checkpoint, its exports and the predictions of one contest run take less than this."""
 
 OLDEST_TENSORRT = (10, 16)
+OLDEST_DRIVER = (580,)
+OLDEST_GPU = (7, 5)
+"""Compute capability of Turing: CUDA 13 compiles for nothing older."""
 
 _CPU_FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "bf16")
 
@@ -254,7 +257,33 @@ def _gpus() -> tuple[tuple[str, ...], list[Problem]]:
         return (), [_driver_problem(str(error))]
     if answer.returncode:
         return (), [_driver_problem(failure or f"exit code {answer.returncode}")]
-    return tuple(line.strip() for line in answer.stdout.splitlines() if line.strip()), []
+    gpus = tuple(line.strip() for line in answer.stdout.splitlines() if line.strip())
+    return gpus, [problem for gpu in gpus for problem in _gpu_problems(gpu)]
+
+
+def _gpu_problems(gpu: str) -> list[Problem]:
+    """What of a GPU's line does not fit the kernels and TensorRT for CUDA 13. Words such as [N/A] say nothing."""
+    fields = gpu.rsplit(", ", 3)
+    if len(fields) != 4:
+        return []
+    name, driver, _, capability = fields
+    problems = []
+    if (0,) < _numbers(driver) < OLDEST_DRIVER:
+        problems.append(
+            Problem(
+                problem=f"{name}: its driver {driver} is for a CUDA before 13, which kernels and TensorRT need",
+                remedy=f"update the NVIDIA driver to {OLDEST_DRIVER[0]} or newer",
+            )
+        )
+    if (0,) < _numbers(capability) < OLDEST_GPU:
+        problems.append(
+            Problem(
+                problem=f"{name}: compute capability {capability}; engines and kernels want "
+                f"{'.'.join(map(str, OLDEST_GPU))} (Turing) or newer",
+                remedy="run the ONNX file on the CPU (--device cpu), or use another GPU",
+            )
+        )
+    return problems
 
 
 def _driver_problem(detail: str) -> Problem:

@@ -22,6 +22,8 @@ from parkdet.runtime.errors import ParkdetError, UsageError
 
 STREAM_NON_BLOCKING = 1
 EVENT_BLOCKING_SYNC, EVENT_DISABLE_TIMING = 1, 2
+OLDEST_CUDA = 13000
+"""What `cuDriverGetVersion` must answer: machine code that CUDA 13 compiled loads in no older driver."""
 _CAPTURE_THREAD_LOCAL = 1
 _DYNAMIC_SHARED_BYTES = 48 << 10
 """What a launch may have without asking."""
@@ -102,12 +104,18 @@ class Device(Owned):
     """A GPU's primary context, the one that the CUDA runtime, torch and TensorRT share."""
 
     def __init__(self, ordinal: int = 0) -> None:
-        """UsageError where there is no driver or no such device."""
+        """UsageError where there is no driver, an old one, or no such device."""
         try:
             call("cuInit", 0)
+            version = int(call("cuDriverGetVersion"))
             count = call("cuDeviceGetCount")
         except DriverError as error:
             raise UsageError(f"no CUDA device can be used: {error}") from error
+        if version < OLDEST_CUDA:
+            raise UsageError(
+                f"the NVIDIA driver is one for CUDA {version // 1000}.{version % 1000 // 10}, which runs neither the "
+                "kernels nor TensorRT's packages for CUDA 13; update it to 580 or newer"
+            )
         if not 0 <= ordinal < count:
             raise UsageError(f"device {ordinal}: the CUDA driver reports {count} of them, counted from 0")
         self.ordinal = ordinal

@@ -96,7 +96,31 @@ def test_the_gpus_are_listed_as_the_driver_tells(tmp_path: Path, monkeypatch: py
     program.write_text("#!/bin/sh\necho 'Tesla T4, 580.1, 15360 MiB, 7.5'\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert doctor.examine_machine()[0].gpus == ("Tesla T4, 580.1, 15360 MiB, 7.5",)
+    machine, problems = doctor.examine_machine()
+    assert machine.gpus == ("Tesla T4, 580.1, 15360 MiB, 7.5",)
+    assert not any("T4" in problem.problem for problem in problems)
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("Tesla T4, 550.54.15, 15360 MiB, 7.5", ["Tesla T4: its driver 550.54.15 is for a CUDA before 13"]),
+        ("Tesla P100-PCIE-16GB, 580.65.06, 16384 MiB, 6.0", ["Tesla P100-PCIE-16GB: compute capability 6.0"]),
+        ("Tesla P100, 535.1, 16384 MiB, 6.0", ["its driver 535.1", "compute capability 6.0"]),
+        ("NVIDIA H100, 590.1, [N/A], [N/A]", []),
+        ("something else", []),
+    ],
+)
+def test_a_gpu_or_driver_that_is_too_old_is_a_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, told: list[str]
+) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\necho '{line}'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    _, problems = doctor._gpus()
+    assert len(problems) == len(told)
+    assert all(words in problem.problem for words, problem in zip(told, problems, strict=True))
 
 
 def test_a_disk_that_is_nearly_full_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from parkdet.runtime.cuda import driver as driver_module
 from parkdet.runtime.cuda.driver import (
     Device,
     DeviceBuffer,
@@ -307,6 +308,15 @@ def test_a_device_that_is_not_there(simulation: Any) -> None:
         Device(1)
     simulation.fail("cuInit", 0, 100)
     with pytest.raises(UsageError, match=r"no CUDA device can be used: CUDA: cuInit failed with CUDA_ERROR_NO_DEVICE"):
+        Device()
+
+
+def test_an_old_driver_is_told_before_anything_is_loaded(simulation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert simulation is not None
+    monkeypatch.setattr(
+        driver_module, "call", lambda name, *given: 12040 if name == "cuDriverGetVersion" else call(name, *given)
+    )
+    with pytest.raises(UsageError, match=r"driver is one for CUDA 12\.4, which .* update it to 580 or newer"):
         Device()
 
 
