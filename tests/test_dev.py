@@ -251,6 +251,23 @@ def test_what_each_word_starts(checkout: Checkout) -> None:
     assert checkout.run("python", "-c", "print(6 * 7)")[1] == "42\n"
 
 
+def test_where_there_is_a_gpu_its_tests_get_tensorrt(checkout: Checkout) -> None:
+    checkout.run("demo")
+    before = checkout.record.read_text()
+    assert checkout.run("test-gpu") == (0, "-m pytest -m gpu\n", "")
+    assert checkout.record.read_text() == before
+    program = checkout.programs / "nvidia-smi"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    code, out, err = checkout.run("test-gpu")
+    assert (code, out) == (0, "-m pytest -m gpu\n")
+    assert "installing TensorRT" in err
+    assert checkout.record.read_text().splitlines()[-1].endswith("tensorrt-cu13>=10.16")
+    code, out, err = checkout.run("test-gpu", PIP_SAYS="No matching distribution found for tensorrt-cu13-libs")
+    assert (code, out) == (0, "-m pytest -m gpu\n")  # they run all the same, and say what they skip
+    assert "pip failed" in err and "going on without" in err
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_no_word_of_its_own_hides_a_command_of_parkdet(checkout: Checkout, command: str) -> None:
     checkout.run("doctor")

@@ -156,7 +156,7 @@ def test_a_replayed_graph_gives_the_same(gpu: Device, engine: Path, figures: dic
     batches = [batch_of(4, seed) for seed in range(3)]
     with TensorRtBackend(engine, DEVICE) as backend:
         rounds = [[backend.detect(*batch, NMS) for batch in batches] for _ in range(4)]
-        figures["graphs"] = [prepared.capturable for prepared in backend._prepared.values()]
+        figures[f"graphs, {engine.stem}"] = [prepared.capturable for prepared in backend._prepared.values()]
     for later in rounds[1:]:
         assert all(same(ours, first) for ours, first in zip(later, rounds[0], strict=True))
 
@@ -173,7 +173,7 @@ def test_memory_stays_and_results_too_over_many_batches(gpu: Device, engine: Pat
             for batch, first in zip(batches, right, strict=True):
                 assert same(backend.detect(*batch, NMS), first)
         after, _ = gpu.memory()
-    figures["soak"] = {"batches": runs * len(batches), "bytes_lost": before - after}
+    figures[f"soak, {engine.stem}"] = {"batches": runs * len(batches), "bytes_lost": before - after}
     assert before - after < 1 << 20
 
 
@@ -214,7 +214,7 @@ def test_how_many_images_a_second(gpu: Device, engine: Path, figures: dict[str, 
         for _ in range(runs):
             backend.detect(images, letterboxes, NMS)
         seconds = time.perf_counter() - started
-    figures["images per second, tiny detector"] = 4 * runs / seconds
+    figures[f"images per second, tiny detector, {engine.stem}"] = 4 * runs / seconds
 
 
 def test_the_plugin_through_trtexec(gpu: Device, tmp_path: Path, repository: Path, figures: dict[str, Any]) -> None:

@@ -66,7 +66,9 @@ def test_what_is_to_run_on_a_gpu_runs(on_simulation: Callable[..., Any], tmp_pat
     assert outcome.code == 0, outcome.output
     told = json.loads(report.read_text())
     assert told["figures"]["device"]["simulated"] is True
-    assert told["figures"]["soak"]["bytes_lost"] == 0
+    assert told["figures"]["soak, fp16"]["bytes_lost"] == 0
+    assert told["counts"] == {"passed": len(told["outcomes"]) - 1, "skipped": 1}
+    assert len(told["sources"]["kernels"]) == 64
     skipped = [name for name, how in told["outcomes"].items() if not how.startswith("passed")]
     assert skipped == ["test_the_plugin_through_trtexec"], told["outcomes"]
 

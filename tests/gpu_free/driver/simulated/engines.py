@@ -39,12 +39,8 @@ def make_engine(
     return path
 
 
-def describe_engine(
-    path: Path, model: TinyModel, canvas: tuple[int, int] = CANVAS, batches: tuple[int, int] = (1, 4),
-    half: bool = True, **changed: Any,
-) -> None:  # fmt: skip
-    """Write the sidecar of an engine of the tiny model."""
-    least, most = batches
+def engine_spec(model: TinyModel, canvas: tuple[int, int] = CANVAS, half: bool = True) -> ModelSpec:
+    """The spec of an engine of the tiny model for one canvas, of any batch."""
     outputs = tuple(
         TensorSpec(
             name=f"head{level}",
@@ -53,15 +49,23 @@ def describe_engine(
         )
         for level, s in enumerate(model.spec.strides)
     )
-    spec = replace(
+    return replace(
         model.spec,
         precision="fp16" if half else "fp32",
         inputs=(TensorSpec(name="images", dtype="uint8", shape=(-1, *canvas, 3)),),
         outputs=outputs,
     )
+
+
+def describe_engine(
+    path: Path, model: TinyModel, canvas: tuple[int, int] = CANVAS, batches: tuple[int, int] = (1, 4),
+    half: bool = True, **changed: Any,
+) -> None:  # fmt: skip
+    """Write the sidecar of an engine of the tiny model."""
+    least, most = batches
     content = path.read_bytes()
     sidecar = EngineSidecar(
-        spec=spec,
+        spec=engine_spec(model, canvas, half),
         flavour="tensorrt",
         version="",
         architectures=(75,),
