@@ -92,7 +92,17 @@ def _export_engine(
     try:
         write_engine(pending, built, sidecar)
         of_engine = dataclasses.replace(job, output=output)
-        if _runs_here(architectures):
+        if others := " and ".join(
+            f"--{flag} {value}"
+            for flag, value, usual in (
+                ("input", spec.input_format, "uint8-nhwc"),
+                ("head", spec.head, "raw"),
+            )
+            if value != usual
+        ):
+            say(f"{name}: not run here, parkdet runs no engine of {others}; its graph passed the gate")
+            pending.replace(output)
+        elif _runs_here(architectures):
             contender = backend_contender(pending, f"{name} by {engine.flavour}", None, None)
             result = prove(of_engine, [contender], [], {"seconds to build": sidecar.build_seconds}, say)
             settle(pending, output, result)

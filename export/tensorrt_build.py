@@ -88,6 +88,13 @@ class _Session:
             raise self.failure(what)
         return answer
 
+    def made(self, kind: Any, *arguments: Any, what: str) -> Any:
+        """An object of TensorRT's. Where the library answers with a null pointer the bindings raise a TypeError."""
+        try:
+            return kind(*arguments)
+        except (TypeError, RuntimeError) as error:
+            raise self.failure(what) from error
+
     def failure(self, what: str, detail: str = "") -> ArtifactError:
         said = "".join(f"\n  {line}" for line in self.lines[-_LINES_KEPT:])
         return ArtifactError(f"{self.where} {what}{f': {detail}' if detail else ''}{said}")
@@ -115,23 +122,17 @@ def _built(
     """The engine; None where it was stopped."""
     session = _Session(trt, settings.flavour, graph_name)
     started = time.perf_counter()
-    try:
-        builder = trt.Builder(session.logger)
-    except (TypeError, RuntimeError) as error:  # pybind11's words for a null pointer from the library
-        raise session.failure(
-            "makes no builder here; TensorRT builds on the GPU that the engine is for. Without a GPU: "
-            "--engine tensorrt-rtx --arch 75,86,89,120"
-        ) from error
+    remedy = "TensorRT builds on the GPU that the engine is for. Without one: --engine tensorrt-rtx --arch 75,86,89,120"
+    builder = session.made(trt.Builder, session.logger, what=f"makes no builder here; {remedy}")
     network = session.demand(
         builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)), "makes no network"
     )
     if spec.head == "plugin":
         _register_plugin(builder, session, settings)
-    parser = trt.OnnxParser(network, session.logger)
+    parser = session.made(trt.OnnxParser, network, session.logger, what="makes no parser")
     if not parser.parse(graph):
         raise session.failure("cannot read the graph", "; ".join(_parser_errors(parser)))
-    inputs, outputs = _interface(network)
-    _compare(session, spec, inputs, outputs)
+    inputs, outputs = _as_the_spec(session, spec, *_interface(network))
     config = session.demand(builder.create_builder_config(), "makes no configuration")
     _configure(trt, session, builder, network, config, spec, settings)
     if settings.flavour == "tensorrt":
@@ -145,8 +146,7 @@ def _built(
     if settings.flavour == "tensorrt-rtx":
         _check_validity(trt, session, content)
     else:
-        inputs, outputs = _read_back(trt, session, content)
-        _compare(session, spec, inputs, outputs)
+        inputs, outputs = _as_the_spec(session, spec, *_read_back(trt, session, content))
     return Built(content, inputs, outputs, _timings(config, settings), time.perf_counter() - started)
 
 
@@ -174,9 +174,13 @@ def _configure(
         return  # nothing dynamic, and then TensorRT wants no profile
     profile = session.demand(builder.create_optimization_profile(), "makes no optimisation profile")
     shapes = [_input_shape(spec, settings, bound) for bound in ("low", "best", "high")]
-    profile.set_shape(network.get_input(0).name, *shapes)
+    refused = f"takes no optimisation profile of {', '.join(map(str, shapes))}"
+    try:
+        profile.set_shape(network.get_input(0).name, *shapes)
+    except RuntimeError as error:  # the bindings' way to hand on a false
+        raise session.failure(refused, str(error)) from error
     if (index := config.add_optimization_profile(profile)) < 0:
-        raise session.failure(f"takes no optimisation profile of {', '.join(map(str, shapes))}", f"answer {index}")
+        raise session.failure(refused, f"answer {index}")
 
 
 def _input_shape(spec: ModelSpec, settings: BuildSettings, bound: str) -> tuple[int, ...]:
@@ -219,7 +223,7 @@ def _tensors(described: Any) -> tuple[TensorSpec, ...]:
 
 def _read_back(trt: Any, session: _Session, plan: bytes) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
     """Inputs and outputs of the engine that the plan becomes on the GPU that built it."""
-    runtime = trt.Runtime(session.logger)
+    runtime = session.made(trt.Runtime, session.logger, what="makes no runtime to read the engine with")
     engine = session.demand(runtime.deserialize_cuda_engine(plan), "cannot read the engine that it built")
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     sides: dict[bool, list[tuple[str, Any, Any]]] = {True: [], False: []}
@@ -231,18 +235,18 @@ def _read_back(trt: Any, session: _Session, plan: bytes) -> tuple[tuple[TensorSp
 
 def _check_validity(trt: Any, session: _Session, plan: bytes) -> None:
     """What TensorRT for RTX says of an engine without a GPU: whether its header is one."""
-    _, diagnostics = trt.Runtime(session.logger).get_engine_validity(plan)
+    runtime = session.made(trt.Runtime, session.logger, what="makes no runtime to read the engine with")
+    _, diagnostics = runtime.get_engine_validity(plan)
     if diagnostics & _MALFORMED:
         raise session.failure("built an engine that its own validity check calls malformed")
 
 
-def _compare(
-    session: _Session,
-    spec: ModelSpec,
-    inputs: Sequence[TensorSpec],
-    outputs: Sequence[TensorSpec],
-) -> None:
-    """ArtifactError unless names, types and shapes are the spec's."""
+def _as_the_spec(
+    session: _Session, spec: ModelSpec, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
+) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """What was found, in the spec's order: an engine has its own. ArtifactError unless names, types and shapes are
+    the spec's."""
+    ordered = []
     for what, wanted, found in (("takes", spec.inputs, inputs), ("returns", spec.outputs, outputs)):
         by_name = {tensor.name: tensor for tensor in found}
         if set(by_name) != {tensor.name for tensor in wanted}:
@@ -256,6 +260,8 @@ def _compare(
                 raise session.failure(
                     f"{what} {other.name} as {other.dtype} {other.shape}, the spec says {tensor.dtype} {tensor.shape}"
                 )
+        ordered.append(tuple(by_name[tensor.name] for tensor in wanted))
+    return ordered[0], ordered[1]
 
 
 def _build_interruptibly(builder: Any, network: Any, config: Any) -> Any:

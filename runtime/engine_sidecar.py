@@ -117,6 +117,8 @@ def read(engine: Path) -> EngineSidecar:
         ) from None
     except UnicodeDecodeError as error:
         raise ArtifactError(f"{path}: is not text ({error}); {_BUILD_AGAIN}") from error
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read ({error.strerror or error})") from error
     try:
         values: dict[str, Any] = json.loads(text)
         version = values.pop("version_of_this_file")
@@ -139,7 +141,7 @@ def read(engine: Path) -> EngineSidecar:
         return EngineSidecar(
             spec=spec, architectures=architectures, build_seconds=seconds, **checked, **ranges, **values
         )
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         what = f"lacks {error}" if isinstance(error, KeyError) else f"cannot be read ({error})"
         raise ArtifactError(f"{path}: {what}; {_BUILD_AGAIN}") from error
 
@@ -218,7 +220,8 @@ def _refuse_edited(path: Path) -> None:
 
 def _sha256_of_values(values: dict[str, Any]) -> str:
     text = json.dumps(values, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+    # Half a surrogate pair is valid JSON, and one of the things that a hand may leave behind.
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 def _same_version(sidecar: EngineSidecar, version: str) -> bool:

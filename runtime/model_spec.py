@@ -136,7 +136,7 @@ class ModelSpec:
                 outputs=tensors["outputs"],
                 **values,
             )
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ArtifactError(
                 f"{where}: its model spec cannot be read ({error}); run 'parkdet export' again"
             ) from error

@@ -105,7 +105,10 @@ class Engine:
         self.library = library
         self.where = where
         trt = library.module
-        self._runtime = trt.Runtime(library.logger)
+        try:
+            self._runtime = trt.Runtime(library.logger)
+        except TypeError as error:  # what the bindings make of the library's null pointer
+            raise library.failure(f"{where}: {library.flavour} {library.version} makes no runtime") from error
         engine = self._runtime.deserialize_cuda_engine(content)
         if engine is None:
             failure = library.failure(f"{where}: {library.flavour} {library.version} cannot load it")
@@ -169,6 +172,11 @@ class Engine:
     def most_batch(self) -> int:
         return self.most[0]
 
+    @property
+    def most_scratch_bytes(self) -> int:
+        """Memory for activations that is enough for any shape; none where the engine needs none."""
+        return int(self._engine.device_memory_size_v2)
+
     def context(self, batch: int, canvas_hw: tuple[int, int]) -> ExecutionContext:
         """A context for one size of batch and canvas, without memory of its own."""
         native = self._engine.create_execution_context(self._runtime_choice())
@@ -228,6 +236,8 @@ class ExecutionContext:
         if unknown:
             raise self._failed(f"the shapes of {', '.join(unknown)} are not known")
         self.scratch_bytes = int(native.update_device_memory_size_for_shapes())
+        if not self.scratch_bytes and engine.most_scratch_bytes:
+            raise self._failed(f"no size of scratch memory is told for images of {shape}")
         self.output_shapes = {
             output.name: tuple(int(side) for side in native.get_tensor_shape(output.name)) for output in engine.outputs
         }

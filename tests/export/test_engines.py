@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from parkdet.export import engine_export
 from parkdet.export.config import EngineOptions, ExportOptions, GraphOptions
 from parkdet.export.exporter import export_artifacts
 from parkdet.export.graph import build_graph, serialized
@@ -60,6 +61,28 @@ def test_engines_are_built_without_a_gpu_and_checked_by_their_sidecars(folder: P
         engine_sidecar.check(written[1], flavour="tensorrt-rtx", version=version, architecture=75)
     assert not [path for path in folder.iterdir() if "pending" in path.name]
     assert json.loads((folder / "best.fp16.onnx.parity.json").read_text())["passed"]
+
+
+@needs_rtx
+def test_an_engine_for_other_tools_is_built_where_there_is_a_gpu_for_it(
+    folder: Path, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_export, "_runs_here", lambda _: True)
+    asked = (
+        "--engine",
+        "tensorrt-rtx",
+        "--arch",
+        "86",
+        "--canvas",
+        "64x96",
+        "--input",
+        "float-nchw",
+        "--head",
+        "decoded",
+    )
+    code, _, err = run_cli("export", "--weights", folder / "best.pt", *asked)
+    assert code == 0, err
+    assert "not run here, parkdet runs no engine of --input float-nchw and --head decoded; its graph passed" in err
 
 
 @needs_rtx

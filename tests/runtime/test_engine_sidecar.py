@@ -149,6 +149,7 @@ def setting(key: str, value: Any) -> Callable[[dict[str, Any]], Any]:
         (setting("batch", {"low": 4, "best": 2, "high": 8}), "a range is"),
         (setting("flavour", "openvino"), "flavour is one of"),
         (setting("colour", "red"), "colour"),
+        (setting("gpu", "\ud800"), "was changed after it was written"),
         (setting("spec", {"version": 1}), "cannot be read"),
     ],
 )
@@ -200,8 +201,14 @@ def test_a_class_renamed_by_hand_has_its_sentence(engine: Path) -> None:
         checked(engine)
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"null", b'"x"', b"{", b"\xff\xfe"])
+@pytest.mark.parametrize("content", [b"", b"[]", b"null", b'"x"', b"{", b"\xff\xfe", b"[" * 100_000])
 def test_a_sidecar_that_is_none(engine: Path, content: bytes) -> None:
     sidecar_path(engine).write_bytes(content)
     with pytest.raises(ArtifactError, match=r"best\.sm86\.engine\.json"):
+        checked(engine)
+
+
+def test_a_sidecar_that_cannot_be_opened(engine: Path) -> None:
+    sidecar_path(engine).mkdir()
+    with pytest.raises(ArtifactError, match=r"json: cannot be read \(Is a directory\)"):
         checked(engine)

@@ -1,7 +1,8 @@
 """Compiles what stands in for a GPU, and runs tests on it in processes of their own.
 
 The simulated driver is a libcuda.so.1, which must not reach the rest of the suite. The tests that run on it
-are those of `simulated/`: they are collected only where the driver is loaded, by the tests beside this file.
+are those of `simulated/` and, with TensorRT's real Python bindings, of `live/`: they are collected only where the
+driver is loaded, by the tests beside this file.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ DRIVER = Path(__file__).parent
 ON_SIMULATION = "SIMULATED_CUDA_ORDER"
 """Set where the simulated driver is loaded: late, early, or a seed."""
 
-collect_ignore = [] if ON_SIMULATION in os.environ else ["simulated"]
+collect_ignore = [] if ON_SIMULATION in os.environ else ["simulated", "live"]
 
 
 @dataclass(frozen=True)

@@ -56,33 +56,11 @@ class Bindings:
 
 
 def fetch(major: str, folder: Path) -> Bindings:
-    """The bindings of one major version, downloaded by pip once. BindingsUnavailableError says why not."""
+    """The recorded bindings of one major version over stubs. BindingsUnavailableError says why not."""
     if shutil.which("gcc") is None:
         raise BindingsUnavailableError("gcc is not installed; it compiles the stubs that the bindings load")
-    packages, libraries = folder / major / "packages", folder / major / "libraries"
-    if not (packages / "tensorrt_bindings").is_dir():
-        wheels = folder / major / "wheels"
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--retries",
-            "1",
-            "--dest",
-            str(wheels),
-        ]
-        download = subprocess.run(
-            [*command, f"{DISTRIBUTION}=={VERSIONS[major]}"], capture_output=True, text=True, check=False, timeout=240
-        )
-        if download.returncode:
-            raise BindingsUnavailableError(
-                f"pip cannot get {DISTRIBUTION} {VERSIONS[major]}: {download.stderr.strip()}"
-            )
-        for wheel in wheels.glob("*.whl"):
-            zipfile.ZipFile(wheel).extractall(packages)
+    packages = unpacked(VERSIONS[major], folder)
+    libraries = folder / VERSIONS[major] / "libraries"
     libraries.mkdir(parents=True, exist_ok=True)
     for name, source in _STUBS.items():
         library = f"lib{name}.so.{major}"
@@ -91,3 +69,24 @@ def fetch(major: str, folder: Path) -> Bindings:
             input=source, text=True, check=True, timeout=60,
         )  # fmt: skip
     return Bindings(packages, libraries)
+
+
+def unpacked(version: str, folder: Path) -> Path:
+    """The packages of one release, downloaded by pip once, `tensorrt` among them. BindingsUnavailableError."""
+    packages, wheels = folder / version / "packages", folder / version / "wheels"
+    if not (packages / "tensorrt").is_dir():
+        wanted = f"{DISTRIBUTION}=={version}"
+        command = ["-m", "pip", "download", "--quiet", "--no-deps", "--retries", "1", "--dest", str(wheels), wanted]
+        download = subprocess.run(
+            [sys.executable, *command], capture_output=True, text=True, check=False, timeout=240
+        )  # fmt: skip
+        if download.returncode:
+            raise BindingsUnavailableError(f"pip cannot get {wanted}: {download.stderr.strip()}")
+        for wheel in wheels.glob("*.whl"):
+            zipfile.ZipFile(wheel).extractall(packages)
+        # What the distribution `tensorrt-cu13` brings beside the bindings.
+        (packages / "tensorrt").mkdir()
+        (packages / "tensorrt" / "__init__.py").write_text(
+            "from tensorrt_bindings import *\nfrom tensorrt_bindings import __version__\n"
+        )
+    return packages

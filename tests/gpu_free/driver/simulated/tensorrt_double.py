@@ -81,6 +81,8 @@ def tensorrt_double(flavour: str) -> Any:
             runtimes.add(self)
             if registered() is not logger:
                 registered().log(ILogger.WARNING, "The logger passed into createInferRuntime differs and is ignored")
+            if answer("Runtime", "__init__", True) is None:  # as the bindings do
+                raise TypeError("pybind11::init(): factory function returned nullptr")
 
         def deserialize_cuda_engine(self, serialized_engine: bytes) -> Any:
             usual = ICudaEngine(bytes(serialized_engine)) if serialized_engine.startswith(MAGIC) else None
@@ -106,6 +108,11 @@ def tensorrt_double(flavour: str) -> Any:
         def num_io_tensors(self) -> int:
             surface.check_property("ICudaEngine", "num_io_tensors")
             return 1 + len(self._outputs)
+
+        @property
+        def device_memory_size_v2(self) -> int:
+            surface.check_property("ICudaEngine", "device_memory_size_v2")
+            return SCRATCH_BYTES * int(self._about["most"])
 
         def get_tensor_name(self, index: int) -> str:
             return str([*self._outputs, self._input][index].name)
@@ -204,7 +211,7 @@ def tensorrt_double(flavour: str) -> Any:
 
         def update_device_memory_size_for_shapes(self) -> int:
             assert self._batch
-            return SCRATCH_BYTES * self._batch
+            return int(answer("IExecutionContext", "update_device_memory_size_for_shapes", SCRATCH_BYTES * self._batch))
 
         def set_device_memory(self, memory: int, size: int) -> None:
             assert size >= SCRATCH_BYTES * self._batch

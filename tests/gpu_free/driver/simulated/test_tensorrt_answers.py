@@ -17,6 +17,7 @@ from tests.gpu_free.driver.simulated.engines import NMS, batch_of, same
 @pytest.mark.parametrize(
     ("kind", "method", "instead"),
     [
+        ("Runtime", "__init__", None), ("IExecutionContext", "update_device_memory_size_for_shapes", 0),
         ("Runtime", "deserialize_cuda_engine", None), ("ICudaEngine", "create_execution_context", None),
         ("IExecutionContext", "set_input_shape", False), ("IExecutionContext", "infer_shapes", ["images"]),
         ("IExecutionContext", "infer_shapes", None),

@@ -13,6 +13,7 @@ import pytest
 
 from parkdet.runtime.backends.base import BackendOptions, open_backend
 from parkdet.runtime.backends.tensorrt import TensorRtBackend
+from parkdet.runtime.backends.tensorrt_engine import TensorRtError
 from parkdet.runtime.cuda.driver import DriverError
 from parkdet.runtime.errors import ArtifactError, ParkdetError, UsageError
 from tests.gpu_free.driver.simulated.engines import CANVAS, NMS, batch_of, same
@@ -77,6 +78,9 @@ def test_threads_that_meet_a_failure_leave_nothing_behind(trt: Any, engine: Path
         except DriverError as error:
             with lock:
                 errors.append(error.name)
+        except TensorRtError as error:  # the device is lost: whoever calls next is told, and that may be TensorRT
+            with lock:
+                errors.append("CUDA_ERROR_LAUNCH_FAILED" if f"({LAUNCH_FAILED})" in str(error) else str(error))
 
     with TensorRtBackend(engine, BackendOptions(device="cuda:0")) as backend:
         simulation.fail("run:kernel", 40, LAUNCH_FAILED)
