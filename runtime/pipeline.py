@@ -13,6 +13,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -74,8 +75,8 @@ class PlanChooser(Protocol):
         """Index of the plan for the next image, `left` of which are not begun, it among them; None for none."""
         ...
 
-    def finished(self, plan: int, images: int) -> None:
-        """So many images of a plan have a result, or could not be read."""
+    def finished(self, plan: int, images: int, cold: bool = False) -> None:
+        """So many images of a plan have a result, or could not be read; `cold` if a graph may have been compiled."""
         ...
 
 
@@ -105,7 +106,7 @@ class _FirstPlan:
     def next_plan(self, left: int) -> int | None:  # noqa: ARG002 - the protocol's signature
         return 0
 
-    def finished(self, plan: int, images: int) -> None:
+    def finished(self, plan: int, images: int, cold: bool = False) -> None:
         pass
 
 
@@ -144,6 +145,8 @@ class _Done:
     images: list[tuple[ImageResult, CapCounts]]
     model_s: float
     post_s: float
+    cold: bool
+    """Whether it, or another at its side, was the first of its size, for which a graph may have been compiled."""
 
 
 class Pipeline:
@@ -155,6 +158,10 @@ class Pipeline:
         self.settings = settings
         self.parallel = max(plan.backend.parallel for plan in self.plans)
         self._model_slots = threading.BoundedSemaphore(self.parallel)
+        self._sizes: set[tuple[int, ...]] = set()
+        """Plan, canvas and batch of what was run already."""
+        self._cold_batches = 0
+        self._sizes_lock = threading.Lock()
         self.loaders = settings.loaders or min(available_cpus(), 16)
         # While some post-process, as many others keep the model busy.
         self.runners = 2 * self.parallel
@@ -204,7 +211,8 @@ class Pipeline:
         """Detections of images that share a plan and a canvas."""
         plan = batch[0].plan
         letterboxes = [loaded.letterbox for loaded in batch if loaded.letterbox is not None]
-        finished, model_s, post_s = self._detect(plan, [loaded.take_pixels() for loaded in batch], letterboxes)
+        with self._noting_first((plan, *letterboxes[0].canvas_hw, len(batch))) as cold:
+            finished, model_s, post_s = self._detect(plan, [loaded.take_pixels() for loaded in batch], letterboxes)
         started = time.perf_counter()
         category_ids = np.array(self.plans[plan].backend.spec.category_ids, np.int32)
         keeps, nms = self.settings.keep_candidates, self.settings.nms
@@ -221,7 +229,22 @@ class Pipeline:
                 candidates=image.kept(image_id, letterbox, nms, category_ids) if keeps else None,
             )
             images.append((result, image.caps))
-        return _Done(plan, images, model_s, post_s + time.perf_counter() - started)
+        return _Done(plan, images, model_s, post_s + time.perf_counter() - started, any(cold))
+
+    @contextmanager
+    def _noting_first(self, size: tuple[int, ...]) -> Iterator[list[bool]]:
+        """Around a batch of a size: whether it, or one that was in progress when it began or ended, was the first."""
+        with self._sizes_lock:
+            first = size not in self._sizes
+            self._sizes.add(size)
+            self._cold_batches += first
+            cold = [self._cold_batches > 0]
+        try:
+            yield cold
+        finally:
+            with self._sizes_lock:
+                cold.append(self._cold_batches > 0)
+                self._cold_batches -= first
 
     def _detect(
         self, plan: int, pixels: list[ImageArray], letterboxes: list[Letterbox]
@@ -367,7 +390,7 @@ class _Run:
         self.report.times.seconds["model"] += done.model_s
         self.report.times.seconds["post"] += done.post_s
         self.report.done += len(done.images)
-        self._tell(done.plan, len(done.images))
+        self._tell(done.plan, len(done.images), done.cold)
 
     def _fail(self, loaded: LoadedImage) -> None:
         item = loaded.item
@@ -376,8 +399,8 @@ class _Run:
         self.report.failed.append(failed)
         self._tell(loaded.plan, 1)
 
-    def _tell(self, plan: int, images: int) -> None:
-        self.chooser.finished(plan, images)
+    def _tell(self, plan: int, images: int, cold: bool = False) -> None:
+        self.chooser.finished(plan, images, cold)
         if self.on_progress is not None:
             self.on_progress(self.report.done + len(self.report.failed), len(self.todo))
 
