@@ -86,6 +86,8 @@ class Contender:
     """For decoded boxes: how far, in pixels, they were from the graph's own raw heads decoded in float32."""
     overflowed: Callable[[], list[str]] | None = None
     """For FP16: the blocks whose output was the first of an image to go beyond float16."""
+    faults: tuple[str, ...] = ()
+    """What is wrong with it before it has run, one sentence each."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -257,20 +259,32 @@ class _Tally:
         self.unmatched = self.detections = self.reordered = self.images = 0
         self.head_max = 0.0
         self.agreement = AgreementTally(spec.class_names)
+        self.misfits: dict[str, None] = {}
+        """Sentences about outputs of other shapes, in order, each once."""
 
     def add(self, group: list[_Wanted]) -> None:
         outputs = self.contender.infer(np.stack([wanted.image.canvas for wanted in group]))
+        if misfit := self._misfit(outputs, group):
+            self.misfits.setdefault(misfit)
+            return
         decode = self.contender.decode or (lambda found: candidates_of(found, self.contender.spec))
         of_images = decode(outputs)
         for index, wanted in enumerate(group):
             self._add(wanted.side, Side.of(of_images[index]), wanted.image)
             if self.contender.spec.head != "decoded":
-                for shape, values, head in zip(wanted.shapes, wanted.values, outputs, strict=True):
-                    if head.shape[1:] != shape:
-                        raise ValueError(f"the artifact's head is {head.shape[1:]}, the checkpoint's {shape}")
+                for values, head in zip(wanted.values, outputs, strict=True):
                     self.head_max = max(self.head_max, _difference(values, head[index]))
             elif not np.isfinite(outputs[0][index]).all():
                 self.head_max = math.inf
+
+    def _misfit(self, outputs: Outputs, group: list[_Wanted]) -> str:
+        """Where the outputs have other shapes than the checkpoint's: heads of another canvas, or in another order."""
+        batch, shapes = len(group), group[0].shapes
+        wanted: list[tuple[int, ...]] = [(batch, *shape) for shape in shapes]
+        if self.contender.spec.head == "decoded":
+            wanted = [(batch, sum(math.prod(shape[:3]) for shape in shapes), self.spec.num_outputs)]
+        found = [tuple(output.shape) for output in outputs]
+        return "" if found == wanted else f"its outputs are {found}, the checkpoint's {wanted}"
 
     def _add(self, wanted: Side, found: Side, image: GateImage) -> None:
         self.images += 1
@@ -313,7 +327,12 @@ class _Tally:
             map_artifact=map_artifact,
             head_max=self.head_max,
             decode_error=self.contender.decode_error() if self.contender.decode_error else math.nan,
-            faults=(*self._overflow(), *_spec_differences(self.contender.spec, self.spec)),
+            faults=(
+                *self.contender.faults,
+                *self.misfits,
+                *self._overflow(),
+                *_spec_differences(self.contender.spec, self.spec),
+            ),
         )
 
     def _overflow(self) -> list[str]:

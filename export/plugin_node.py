@@ -31,27 +31,9 @@ def with_plugin(graph: onnx.ModelProto, spec: ModelSpec) -> tuple[onnx.ModelProt
 
     model = onnx.ModelProto()
     model.CopyFrom(graph)
-    sources = head_sources(len(spec.strides), spec.tta)
-    node = helper.make_node(
-        OPERATOR,
-        [output.name for output in model.graph.output],
-        ["num_dets", "boxes", "scores", "classes"],
-        name="nms",
-        domain=DOMAIN,
-        plugin_version="1",
-        plugin_namespace=DOMAIN,
-        conf=spec.conf,
-        iou=spec.iou,
-        max_det=spec.max_det,
-        max_candidates=MAX_CANDIDATES,
-        multi_label=1,
-        agnostic=0,
-        num_classes=spec.num_classes,
-        strides=[spec.strides[source.level] for source in sources],
-        anchors=[float(side) for source in sources for wh in spec.anchors[source.level] for side in wh],
-        view_scales=[float(source.view.scale) for source in sources],
-        view_flips=[int(source.view.mirrored) for source in sources],
-    )
+    heads = [output.name for output in model.graph.output]
+    outputs_of_node = ["num_dets", "boxes", "scores", "classes"]
+    node = helper.make_node(OPERATOR, heads, outputs_of_node, name="nms", domain=DOMAIN, **_attributes(spec))
     outputs = plugin_outputs(spec, spec.outputs[0].shape[0])
     first_dim = model.graph.output[0].type.tensor_type.shape.dim[0]
     batch: Any = first_dim.dim_param or first_dim.dim_value
@@ -66,6 +48,48 @@ def with_plugin(graph: onnx.ModelProto, spec: ModelSpec) -> tuple[onnx.ModelProt
     model.graph.node.append(node)
     model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
     return model, dataclasses.replace(spec, head="plugin", outputs=outputs)
+
+
+def _attributes(spec: ModelSpec) -> dict[str, Any]:
+    """What the node says of the model, of its views and of post-processing."""
+    sources = head_sources(len(spec.strides), spec.tta)
+    return {
+        "plugin_version": "1",
+        "plugin_namespace": DOMAIN,
+        "conf": float(spec.conf),
+        "iou": float(spec.iou),
+        "max_det": spec.max_det,
+        "max_candidates": MAX_CANDIDATES,
+        "multi_label": 1,
+        "agnostic": 0,
+        "num_classes": spec.num_classes,
+        "strides": [spec.strides[source.level] for source in sources],
+        "anchors": [float(side) for source in sources for wh in spec.anchors[source.level] for side in wh],
+        "view_scales": [float(source.view.scale) for source in sources],
+        "view_flips": [int(source.view.mirrored) for source in sources],
+    }
+
+
+def attribute_differences(node: onnx.NodeProto, spec: ModelSpec) -> list[str]:
+    """Where a node says otherwise than the spec, one sentence each: thresholds and caps change no raw head."""
+    import onnx
+
+    found = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+    wanted = _attributes(spec)
+    return [
+        f"the plugin's node has {name} {_plain(found.get(name))}, the spec {_plain(wanted.get(name))}"
+        for name in sorted(found.keys() | wanted.keys())
+        if _plain(found.get(name)) != _plain(wanted.get(name))
+    ]
+
+
+def _plain(value: Any) -> Any:
+    """An attribute's value as ONNX keeps it: text in bytes, numbers in float32."""
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    if isinstance(value, float):
+        return float(np.float32(value))
+    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def plugin_outputs(spec: ModelSpec, batch: int) -> tuple[TensorSpec, ...]:

@@ -36,10 +36,16 @@ class GateResult:
 
 def line(report: ParityReport) -> str:
     """One contender on the terminal."""
+    figures = [
+        (report.iou_p1, f"IoU p1 {report.iou_p1:.5f}"),
+        (report.score_p99, f"score difference p99 {report.score_p99:.6f}"),
+        (report.agreement.ap75, f"AP@.75 {report.agreement.ap75:.4f}"),
+        (report.head_max, f"largest output difference {report.head_max:.2g}"),
+    ]
+    told = "".join(f", {text}" for value, text in figures if not math.isnan(value))
     return (
-        f"{report.name}: {report.detections} detections, {report.unmatched} unmatched, {report.reordered} reordered by "
-        f"NMS, IoU p1 {report.iou_p1:.5f}, score difference p99 {report.score_p99:.6f}, "
-        f"AP@.75 {report.agreement.ap75:.4f}, largest output difference {report.head_max:.2g}"
+        f"{report.name}: {report.detections} detections, {report.unmatched} unmatched, "
+        f"{report.reordered} reordered by NMS{told}"
     )
 
 

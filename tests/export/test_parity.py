@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -111,6 +112,24 @@ def test_a_wrong_attribute_of_the_plugins_node_is_found(network: Yolov5, plugin:
         network, [session_contender(network, Graph(model, plugin.spec), "it")], drawn(network, 2, CANVAS), tta=True
     )
     assert found.findings() != []
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value"),
+    [("conf", 0.02), ("iou", 0.69), ("max_det", 49), ("max_candidates", 3840), ("multi_label", 0), ("agnostic", 1)],
+)
+def test_post_processing_that_the_plugins_node_has_otherwise_is_found(
+    network: Yolov5, plugin: Graph, attribute: str, value: float
+) -> None:
+    model = copy.deepcopy(plugin.model)
+    (wrong,) = [a for a in model.graph.node[-1].attribute if a.name == attribute]
+    if isinstance(value, int):
+        wrong.i = value
+    else:
+        wrong.f = value
+    graph = Graph(model, plugin.spec)
+    (found,) = compare(network, [session_contender(network, graph, "it")], drawn(network, 2, CANVAS), tta=True)
+    assert any(f"the plugin's node has {attribute} " in finding for finding in found.findings())
 
 
 def labelled(network: Yolov5, count: int) -> list[GateImage]:

@@ -56,7 +56,32 @@ def exchanged_batch(heads: list[Any]) -> list[Any]:
     return [head[::-1] for head in heads]
 
 
-FAULTS = [swapped_anchor, shifted_box, lower_scores, rolled_class, not_finite, exchanged_batch]
+def levels_in_another_order(heads: list[Any]) -> list[Any]:
+    return heads[::-1]
+
+
+def level_missing(heads: list[Any]) -> list[Any]:
+    return heads[:1]
+
+
+def of_the_first_image(heads: list[Any]) -> list[Any]:
+    return [head[:1] for head in heads]
+
+
+def transposed_cells(heads: list[Any]) -> list[Any]:
+    return [head.swapaxes(2, 3) for head in heads]
+
+
+def dead_column(heads: list[Any]) -> list[Any]:
+    broken = [head.copy() for head in heads]
+    broken[0][:, :, :, -1] = -20.0
+    return broken
+
+
+FAULTS = [
+    swapped_anchor, shifted_box, lower_scores, rolled_class, not_finite, exchanged_batch, levels_in_another_order,
+    level_missing, of_the_first_image, transposed_cells, dead_column,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -67,6 +92,20 @@ def test_a_planted_fault_in_the_heads_is_found(network: Yolov5, fault: Callable[
         return fault([np.asarray(head) for head in heads(canvases)])
 
     assert judged(network, faulty, drawn(network, 2, CANVAS)).findings() != []
+
+
+def test_boxes_of_another_number_are_found(network: Yolov5) -> None:
+    graph = float_graph(network, GraphOptions(head="decoded", canvas_hw=CANVAS))
+    with session_contender(network, graph, "it") as sound:
+        images = drawn(network, 2, CANVAS)
+        for part in (np.s_[:, :-1], np.s_[:1], np.s_[..., :-1]):
+
+            def faulty_boxes(canvases: ImageArray, part: Any = part) -> Outputs:
+                return [sound.infer(canvases)[0][part]]
+
+            faulty = dataclasses.replace(sound, infer=faulty_boxes)
+            (report,) = compare(network, [nullcontext(faulty)], images)
+            assert any("its outputs are [(" in finding for finding in report.findings())
 
 
 def test_a_canvas_padded_with_128_is_found(network: Yolov5) -> None:
