@@ -21,6 +21,9 @@ from parkdet.train.precision import Precision
 from parkdet.train.ranks import ALONE, Ranks
 from parkdet.train.schedule import StepPlan
 
+LEAST_SCALE = 1.0
+"""A loss scaler that is asked for less than this does not lack scale: the gradients themselves are too large."""
+
 
 class Learner:
     """A network in training on one device, one of several processes perhaps, all of which hold the same weights."""
@@ -96,7 +99,8 @@ class Learner:
     def step_if_due(self, plan: StepPlan, step: int) -> bool:
         """Let the optimizer step after batch `step` if enough batches were taken in; the average follows.
 
-        False where the gradients are not finite, which a loss scaler would have caught: nothing was changed then.
+        False where the gradients are not finite: nothing was changed then. A loss scaler skips such steps while it
+        looks for its scale; when it has none left, they are not finite by themselves.
         """
         if not self.is_due(plan, step):
             return True
@@ -104,7 +108,7 @@ class Learner:
         scaler.unscale_(self.optimizer)
         trained = [parameter for parameter in self.network.parameters() if parameter.grad is not None]
         norm = nn.utils.clip_grad_norm_(trained, self.settings.grad_clip or torch.inf)
-        if not scaler.is_enabled() and not bool(torch.isfinite(norm)):
+        if not bool(torch.isfinite(norm)) and not (scaler.is_enabled() and scaler.get_scale() >= LEAST_SCALE):
             return False
         scaler.step(self.optimizer)
         scaler.update()

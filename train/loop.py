@@ -14,12 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from parkdet.runtime.errors import DataError, Interrupted
+from parkdet.runtime.errors import DataError, Interrupted, ParkdetError
 from parkdet.runtime.evaluation import evaluation_note, evaluation_table, metric
 from parkdet.train.budget import StagePlanner
 from parkdet.train.checkpoint import load_checkpoint, save_checkpoint
 from parkdet.train.config import TrainSettings, ValSettings
-from parkdet.train.data.loader import TrainingBatch, TrainingLoader, TrainingSet
+from parkdet.train.data.loader import WORKER_ENDED, TrainingBatch, TrainingLoader, TrainingSet
 from parkdet.train.data.samples import Sample
 from parkdet.train.data.sampling import class_weights, image_weights
 from parkdet.train.interrupt import StopSwitch
@@ -124,6 +124,13 @@ class StageTrainer:
                     self.loss_sums = np.zeros(3)
                     if self.step < self.schedule.end_step:
                         self._save_last()
+            except RuntimeError as error:
+                if not str(error).startswith(WORKER_ENDED):
+                    raise
+                raise ParkdetError(
+                    f"a process that loads images has ended: {error}\nThe system does that where memory is short: "
+                    f"lower --workers. {self._saved()}; go on with: parkdet train --resume {self._run} --workers N"
+                ) from error
             finally:
                 self.loader.close()
         self._finish()
@@ -184,11 +191,18 @@ class StageTrainer:
         """Stop: the loss of some process's batch is not finite, or the gradients of batches since the last step."""
         files = [names for of_rank in self.ranks.gather(batch.paths) for names in of_rank]
         names = "\n".join(f"  {Path(of_canvas[0]).name}" for of_canvas in files)
-        saved = f"{self.job.last} is from before" if self.job.last.is_file() else "nothing was saved yet"
         raise DataError(
             f"the {what} is not finite in epoch {self.epoch}, batch {self.batch}; the images were\n{names}\n"
-            f"lower lr0 or look at these images; {saved}"
+            f"lower lr0 or look at these images; {self._saved()}"
         )
+
+    def _saved(self) -> str:
+        return f"{self.job.last} is from before" if self.job.last.is_file() else "nothing was saved yet"
+
+    @property
+    def _run(self) -> Path:
+        """The run's folder, by which it is resumed."""
+        return Path(self.job.provenance.get("run", self.job.folder))
 
     def _weights(self) -> NDArray[np.float64] | None:
         if not self.job.settings.image_weights:
@@ -263,7 +277,7 @@ class StageTrainer:
         self._save_last()
         raise Interrupted(
             f"stopped in epoch {self.epoch} after {self.batch} of {self.batches} batches; saved {self.job.last}; "
-            f"go on with: parkdet train --resume {self.job.provenance.get('run', self.job.folder)}"
+            f"go on with: parkdet train --resume {self._run}"
         )
 
     def _save(self, path: Path, state: Mapping[str, Any] | None = None) -> None:

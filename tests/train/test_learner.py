@@ -171,6 +171,24 @@ def test_a_scaler_skips_a_step_that_overflows_and_its_state_is_kept(fails: bool)
     assert again.precision.scaler.get_scale() == learner.precision.scaler.get_scale()
 
 
+def test_gradients_that_overflow_at_every_scale_stop_a_training_with_a_scaler() -> None:
+    """Else it would go on to its end without a single step."""
+    learner = Learner(network(), settings(), 0.0005, CPU)
+    learner.precision.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    learner.network.train()
+    weight = next(learner.network.parameters())
+    before = weight.detach().clone()
+    found = []
+    for step in range(5):
+        # What the scaler has not met yet, it makes at its first scaling.
+        learner.precision.scaler.scale(torch.zeros(1))
+        weight.grad = torch.full_like(weight, math.inf)
+        found.append(learner.step_if_due(PLAN, step))
+    # At 8, 4, 2 and 1 it may still lack scale.
+    assert found == [True, True, True, True, False]
+    assert torch.equal(weight, before)
+
+
 def test_what_is_taken_of_another_class_count() -> None:
     """The published figure for yolov5x6 with another number of classes; the tensors hold nothing here."""
     with torch.device("meta"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
 import os
 from pathlib import Path
 from typing import Any
@@ -249,6 +250,26 @@ def test_settings_that_were_edited_are_named_unless_they_do_no_harm(
     args.write_text(before.replace("cache: none", "cache: ram").replace("patience: 100", "patience: 7"))
     assert args.read_text() != before
     assert resume_run(folder, lambda _line: None).is_file()
+
+
+def test_a_killed_worker_is_named_and_the_run_can_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the kernel does it where memory is short."""
+    folder = tmp_path / "run"
+    settings = run_settings(write_data(tmp_path / "data", 14), "epochs=3", "batch_size=2", "save_minutes=0.0001")
+    take_in = Learner.take_in
+
+    def killing(learner: Learner, *batch: Any) -> Any:
+        if batch[3] == 3:
+            for worker in multiprocessing.active_children():
+                worker.kill()
+        return take_in(learner, *batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "take_in", killing)
+        with pytest.raises(ParkdetError, match=rf"loads images has ended[^\n]*\(pid.*\n.*--resume {folder} --workers"):
+            started(folder, settings.model_copy(update={"workers": 2}))
+    assert multiprocessing.active_children() == []
+    assert load_checkpoint(resume_run(folder, lambda _line: None)).spec.imgsz == 64
 
 
 class StepClock:

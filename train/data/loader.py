@@ -47,6 +47,8 @@ log = logging.getLogger(__name__)
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Names of `mallopt` settings in glibc's malloc.h."""
+WORKER_ENDED = "DataLoader worker (pid"
+"""How torch's message begins where a worker was killed; it comes with the signal, wherever the parent is just then."""
 MAX_REPLACEMENTS = 20
 """Unreadable images that one canvas puts up with before the run stops."""
 
