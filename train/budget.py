@@ -21,7 +21,7 @@ MARGIN_SECONDS, MARGIN, MOST_MARGIN, MOST_SHARE = 10.0, 0.01, 60.0, 0.1
 """What is kept for the pictures at the end and what else is not measured: so many seconds and a share of the budget,
 but no more than so many seconds and such a share."""
 WORTH_SAYING = 0.02
-"""A plan is said when its end moved by this share of the stage."""
+"""A plan is changed upwards, and said, when its end moves by this share of itself."""
 
 
 def parse_duration(text: str) -> float:
@@ -126,7 +126,8 @@ class StagePlanner:
             return step + 1
         end = self._fitting_end(step + 1)
         now_end = self.schedule.end_step
-        slack = max(WORTH_SAYING * (self.recipe_end - step), 1)
+        # Of the plan, not of the recipe, which may be many times as long.
+        slack = max(WORTH_SAYING * now_end, 1)
         # Ends move down at once, and up only when much time was gained.
         if end < now_end or end >= now_end + slack or (end == self.recipe_end and end != now_end):
             now_end = end
@@ -168,7 +169,7 @@ class StagePlanner:
     def _say_plan(self, end: int) -> None:
         batches, recipe = self.schedule.batches, self.work.epochs
         first = self._said_end is None
-        if not first and abs(end - (self._said_end or 0)) < max(WORTH_SAYING * self.recipe_end, 1):
+        if not first and abs(end - (self._said_end or 0)) < max(WORTH_SAYING * end, 1):
             return
         before, self._said_end = self._said_end, end
         pace = f"time budget: {self.seconds_a_batch:.3g} s a batch, {duration(self.budget.left())} left of "

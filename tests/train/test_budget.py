@@ -150,6 +150,17 @@ def test_a_machine_that_gets_faster_trains_longer_but_never_longer_than_the_reci
     falls_to_its_end(played, wanted)
 
 
+@pytest.mark.parametrize("epochs", [80, 300, 3000])
+def test_however_long_the_recipe_is_time_that_is_gained_is_used(epochs: int) -> None:
+    clock, seconds = Clock(), 3600.0
+    start, wanted = clock.now, settings(epochs=epochs)
+    played = play(TimeBudget(seconds, clock=clock), clock, wanted, lambda step: 1.6 if step < 300 else 0.9)
+    assert 0.93 * seconds < clock.now - start <= seconds
+    falls_to_its_end(played, wanted)
+    assert any("planned before" in line for line in played.said)
+    assert len(played.said) < 30
+
+
 def test_less_than_an_epoch_still_anneals() -> None:
     clock = Clock()
     start, wanted = clock.now, settings()
