@@ -6,10 +6,8 @@ Each case is small; together they reach every line of the kernels and meet its c
 from __future__ import annotations
 
 import dataclasses
-import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -130,6 +128,8 @@ def nms_cases() -> Iterator[NmsCase]:
     yield random("one class, one anchor a cell", model(1, anchors=1), (48, 32), 3, everything, schedule=5)
     yield random("eight anchors a cell", model(2, anchors=8), (32, 32), 1, NmsSettings(max_det=7), objectness=-2)
     yield random("three views", model(3, levels=3, tta=True), (64, 96), 2, NmsSettings(max_det=100), objectness=-1)
+    # The second view is padded to 112 columns, the canvas has 128: it is turned back by the latter.
+    yield random("three views of a wide canvas", model(2, tta=True), (32, 128), 1, NmsSettings(max_det=60))
     yield random("views of float32", model(2, levels=4, tta=True), (128, 64), 1, PER_CLASS, dtype=np.float32)
     yield random("over the cap", model(14), (48, 64), 2, NmsSettings(max_det=30), objectness=3, max_candidates=100)
     yield random(
@@ -176,6 +176,7 @@ def nms_cases() -> Iterator[NmsCase]:
         objectness=3, spread=1.0, max_candidates=5000,
     )  # fmt: skip
     yield from _caps_at_equality()
+    yield _many_kept()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,12 +309,47 @@ def _hand_made() -> Iterator[NmsCase]:
         name="no area, at a block's width", spec=wide, canvas_hw=(8, 8240), heads=in_one,
         settings=NmsSettings(iou=0.0, max_det=20), max_candidates=1100,
     )  # fmt: skip
+    # The same, the box without an area past the width: max_det is met before, with a candidate left.
+    over_all = dataclasses.replace(wide, anchors=(((20_000.0, 16.0),),))
+    beyond = [np.zeros((1, 1, 1, 1030, 6), np.float16)]
+    beyond[0][..., 1026, 2] = -np.inf
+    yield NmsCase(
+        name="max_det met in a block's width, one left in the next", spec=over_all, canvas_hw=(8, 8240), heads=beyond,
+        settings=NmsSettings(iou=0.0, max_det=1), max_candidates=1100,
+    )  # fmt: skip
+    yield from _last_places()
     at_half = [heads[0].copy()]
     at_half[0][..., 4] = 0
     at_half[0][..., 5:] = 100
     yield NmsCase(
         name="an objectness of exactly conf is none", spec=spec, canvas_hw=(8, 48), heads=at_half,
         settings=NmsSettings(conf=0.5),
+    )  # fmt: skip
+
+
+def _last_places() -> Iterator[NmsCase]:
+    """Two boxes whose IoU is over the threshold by its last place, and is not where it is computed another way."""
+    for name, anchors, iou in (
+        ("the union is b + a - intersection", ((4.130000114440918, 8.197999954223633),
+                                               (8.74899959564209, 4.916999816894531)), 0.35897889733314514),
+        ("the IoU is a quotient", ((13.196999549865723, 7.7270002365112305),
+                                   (8.755999565124512, 4.75600004196167)), 0.4083772301673889),
+    ):  # fmt: skip
+        spec = dataclasses.replace(model(1, levels=1, anchors=2), anchors=(anchors,))
+        head = np.zeros((1, 2, 1, 1, 6), np.float32)
+        head[..., 4], head[0, 0, ..., 5] = 100, 1
+        yield NmsCase(name=name, spec=spec, canvas_hw=(8, 8), heads=[head], settings=NmsSettings(iou=iou))
+
+
+def _many_kept() -> NmsCase:
+    """More boxes kept than a block has threads; then each one's twin, which only that one lets go."""
+    spec = dataclasses.replace(model(1, levels=1, anchors=2), anchors=(((4.0, 4.0), (4.0, 4.0)),))
+    head = np.zeros((1, 2, 1, 1050, 6), np.float16)
+    # The twins of the first come last, when more boxes were kept since than a block has threads.
+    head[..., 4], head[0, 0, ..., 5], head[0, 1, ..., 5] = 100, 1, np.linspace(-2, 0, 1050)
+    return NmsCase(
+        name="each twin of 1,050 boxes", spec=spec, canvas_hw=(8, 8400), heads=[head],
+        settings=NmsSettings(max_det=1100), max_candidates=2200,
     )  # fmt: skip
 
 
@@ -345,6 +381,13 @@ def letterbox_cases() -> Iterator[LetterboxCase]:
     ):
         image = random.integers(0, 256, (*hw, 3), dtype=np.uint8)
         yield LetterboxCase(name=name, image=image, letterbox=Letterbox.fit(hw, imgsz, stride))
+    for name, hw, imgsz in (
+        ("enlarged far from the corner", (2, 3000), 3100),
+        ("shrunk by 2 across, by less down", (101, 10), 51),
+    ):
+        row = random.integers(0, 256, (1, hw[1], 3), dtype=np.uint8)
+        image = np.ascontiguousarray(np.broadcast_to(row, (*hw, 3)))
+        yield LetterboxCase(name=name, image=image, letterbox=Letterbox.fit(hw, imgsz, 8))
     for value in (0, 255):
         flat = np.full((30, 50, 3), value, np.uint8)
         yield LetterboxCase(name=f"all {value}, shrunk", image=flat, letterbox=Letterbox.fit((30, 50), 37, 8))
@@ -382,67 +425,3 @@ def thread_cases() -> Iterator[Case]:
             settings = dataclasses.replace(case.settings, max_det=chosen[case.name])
             yield dataclasses.replace(case, settings=settings)
     yield from list(letterbox_cases())[:2]
-
-
-def write_cases(path: Path, cases: Sequence[Case]) -> None:
-    """What run_cases.cpp reads: inputs and the right outputs, little-endian."""
-    parts: list[bytes] = [struct.pack("<i", len(cases))]
-    for case in cases:
-        if isinstance(case, NmsCase):
-            parts += _nms_bytes(case)
-        elif isinstance(case, LetterboxCase):
-            parts += _letterbox_bytes(case)
-        else:
-            parts += [struct.pack("<i64s2i", 2, _name(case.name), 0, len(case.raw)), case.raw.tobytes()]
-            parts.append(case.expected().tobytes())
-    path.write_bytes(b"".join(parts))
-
-
-def _name(name: str) -> bytes:
-    return name.encode()[:63].ljust(64, b"\0")
-
-
-def _nms_bytes(case: NmsCase) -> Iterator[bytes]:
-    settings, heads = case.settings, case.heads
-    batch, half = heads[0].shape[0], heads[0].dtype == np.float16
-    yield struct.pack("<i64s3i", 0, _name(case.name), case.schedule, case.runs, case.images_before)
-    yield struct.pack(
-        "<8i2f", len(heads), case.spec.num_classes, batch, half, settings.max_det, case.max_candidates,
-        settings.multi_label, settings.agnostic, settings.conf, settings.iou,
-    )  # fmt: skip
-    for head, geometry in zip(heads, case.geometries, strict=True):
-        anchors = np.array(geometry.anchors_wh, np.float32)
-        yield struct.pack(
-            "<3i2fi", len(anchors), *geometry.grid_hw, geometry.stride, geometry.view_scale, geometry.view_flip
-        )
-        yield anchors.tobytes() + np.ascontiguousarray(head).tobytes()
-    yield b"".join(array.tobytes() for array in outputs(case.expected(), settings.max_det))
-
-
-def outputs(results: Sequence[tuple[Detections, NmsCounts]], max_det: int) -> tuple[NDArray[Any], ...]:
-    """The arrays that the kernels write for these results: num_dets, candidates, at_max_det, boxes, scores, classes."""
-    batch = len(results)
-    boxes = np.zeros((batch, max_det, 4), np.float32)
-    scores = np.zeros((batch, max_det), np.float32)
-    classes = np.full((batch, max_det), -1, np.int32)
-    for image, (found, _) in enumerate(results):
-        count = len(found.scores)
-        boxes[image, :count], scores[image, :count], classes[image, :count] = found.xyxy, found.scores, found.class_ids
-    return (
-        np.array([len(found.scores) for found, _ in results], np.int32),
-        np.array([counts.candidates for _, counts in results], np.int32),
-        np.array([counts.at_max_det for _, counts in results], np.int32),
-        boxes,
-        scores,
-        classes,
-    )
-
-
-def _letterbox_bytes(case: LetterboxCase) -> Iterator[bytes]:
-    box, image = case.letterbox, case.image
-    pitch = image.strides[0]
-    yield struct.pack("<i64si", 1, _name(case.name), case.schedule)
-    yield struct.pack("<9i", *box.image_hw, pitch, *box.resized_hw, *box.canvas_hw, box.top, box.left)
-    rows = np.zeros((len(image), pitch), np.uint8)
-    rows[:, : image.shape[1] * 3] = image.reshape(len(image), -1)
-    yield rows.tobytes() + case.expected().tobytes()

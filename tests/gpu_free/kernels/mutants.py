@@ -22,6 +22,7 @@ from pathlib import Path
 
 import click
 
+from tests.gpu_free.kernels.case_file import write_cases
 from tests.gpu_free.kernels.cases import (
     LetterboxCase,
     NmsCase,
@@ -29,7 +30,6 @@ from tests.gpu_free.kernels.cases import (
     all_cases,
     short_cases,
     thread_cases,
-    write_cases,
 )
 from tests.gpu_free.kernels.mutation import FILES, Mutant, mutants
 from tests.gpu_free.kernels.simulation import HERE, KERNELS, CompileError, case_runner, run_cases

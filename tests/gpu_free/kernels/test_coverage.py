@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.gpu_free.kernels.cases import all_cases, write_cases
+from tests.gpu_free.kernels.case_file import write_cases
+from tests.gpu_free.kernels.cases import all_cases
 from tests.gpu_free.kernels.simulation import FLAGS, HERE, KERNELS, SHIM, compiler, scheduler_object
 
 UNREACHED: dict[str, dict[str, str]] = {"nms.cuh": {}, "letterbox.cuh": {}, "plan.h": {}}

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.gpu_free.kernels.cases import all_cases, letterbox_cases, thread_cases, write_cases
+from tests.gpu_free.kernels.case_file import write_cases
+from tests.gpu_free.kernels.cases import all_cases, letterbox_cases, thread_cases
 from tests.gpu_free.kernels.simulation import case_runner, compiler, run_cases
 
 pytestmark = [
