@@ -34,8 +34,9 @@ bool NmsCore::set(const char* name, FieldType type, const void* data, std::size_
         if (!std::strcmp(known.name, name)) field = &known;
     if (!field) return fail(std::string("field '") + name + "' is not one of version 1");
     if (field->type != type) return fail(std::string("field '") + name + "' has another type than version 1's");
-    if ((!field->is_list && count != 1) || (count && !data))
+    if (!field->is_list && count != 1)
         return fail(std::string("field '") + name + "' has " + std::to_string(count) + " values");
+    if (count && !data) return fail(std::string("field '") + name + "' has no data");
     const std::string which = name;
     if (which == "strides") assign(strides_, data, count);
     else if (which == "view_flips") assign(view_flips_, data, count);

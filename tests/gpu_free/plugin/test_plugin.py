@@ -249,6 +249,12 @@ def test_fields_that_are_not_of_the_version_are_refused(core: Core, name: str, v
     assert told in core.error
 
 
+def test_a_field_without_its_data_is_refused(core: Core, library: ctypes.CDLL) -> None:
+    for name, kind, count in (("num_classes", 1, 1), ("anchors", 0, 8)):
+        assert not library.core_set(core.handle, name.encode(), kind, None, count)
+        assert f"field '{name}' has no data" in core.error
+
+
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
