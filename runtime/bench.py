@@ -17,6 +17,7 @@ import numpy as np
 
 from parkdet.runtime.backends.base import Backend, available_cpus
 from parkdet.runtime.canvas_choice import fit_letterbox
+from parkdet.runtime.errors import DataError
 from parkdet.runtime.geometry import ImageArray
 from parkdet.runtime.images import read_image
 from parkdet.runtime.loading import ImageItem, single_threaded_cv2
@@ -120,11 +121,13 @@ def measure_throughput(backend: Backend, canvases: ImageArray, seconds: float) -
     return Throughput(batch=len(canvases), images_per_s=calls * len(canvases) / elapsed)
 
 
-def compare(one: Backend, other: Backend, canvases: ImageArray, seconds: float, rounds: int = 7) -> Comparison:
-    """`one`'s throughput over `other`'s, in turn, so that what else the machine does meets both."""
+def compare(
+    one: tuple[Backend, ImageArray], other: tuple[Backend, ImageArray], seconds: float, rounds: int = 7
+) -> Comparison:
+    """One backend's throughput, on canvases of its own, over the other's, in turn: what else runs here meets both."""
     ratios = []
     for _ in range(rounds):
-        speeds = [measure_throughput(backend, canvases, seconds / rounds).images_per_s for backend in (one, other)]
+        speeds = [measure_throughput(*side, seconds / rounds).images_per_s for side in (one, other)]
         ratios.append(speeds[0] / speeds[1])
     return Comparison(ratio=statistics.median(ratios), lowest=min(ratios), highest=max(ratios), rounds=rounds)
 
@@ -182,11 +185,24 @@ def measure_pipeline(plan: Plan, paths: Sequence[Path], settings: PipelineSettin
 
 
 def sample(source: Path | None, listed: Sequence[Path], folder: Path) -> tuple[list[Path], str]:
-    """Images to measure on, and what they are in words: the user's, else drawn ones written into `folder`."""
+    """Images to measure on, and what they are in words: the user's, else drawn ones written into `folder`.
+
+    Those of the user's that cannot be read are left out. DataError when none can.
+    """
     if listed:
         step = max(len(listed) // SAMPLE_IMAGES, 1)
-        paths = list(listed[::step])[:SAMPLE_IMAGES]
-        return paths, f"{len(paths)} images of {source}"
+        chosen = listed[::step][:SAMPLE_IMAGES]
+        paths, errors = [], []
+        for path in chosen:
+            try:
+                read_image(path)
+                paths.append(path)
+            except DataError as error:
+                errors.append(error)
+        if not paths:
+            raise errors[0]
+        left_out = f" ({len(errors)} more could not be read)" if errors else ""
+        return paths, f"{len(paths)} images of {source}{left_out}"
     import cv2
 
     count, height, width = _DRAWN
@@ -197,7 +213,7 @@ def sample(source: Path | None, listed: Sequence[Path], folder: Path) -> tuple[l
         image = cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC).astype(np.int16)
         noisy = np.clip(image + rng.integers(-6, 7, image.shape), 0, 255).astype(np.uint8)
         paths.append(folder / f"{number}.png")
-        cv2.imwrite(str(paths[-1]), noisy)
+        paths[-1].write_bytes(cv2.imencode(".png", noisy)[1].tobytes())
     return paths, f"{count} drawn PNGs of {width} x {height}"
 
 

@@ -119,6 +119,10 @@ def run_bench(options: BenchOptions, json_path: Path | None = None) -> BenchRepo
     if options.deadline is not None and options.images is None:
         raise UsageError("--deadline is for a job of so many --images: give that, too")
     path = resolve_artifact(options.weights)
+    if options.vs is not None:
+        resolve_artifact(options.vs)  # before anything is measured
+    if json_path is not None and (json_path.is_dir() or not json_path.parent.is_dir()):
+        raise UsageError(f"--json {json_path}: is a folder, or in one that is not there; name a file")
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="parkdet-bench-")))
         stack.enter_context(quiet_decoders())
@@ -164,7 +168,8 @@ def _measure(stack: ExitStack, options: BenchOptions, path: Path, paths: Sequenc
         other_path = resolve_artifact(options.vs)
         click.echo(f"measuring in turn with {other_path.name} ...", err=True)
         with open_backend(other_path, **options.how) as other:
-            comparison = compare(best, other, _batch(canvas, fastest.batch), max(2 * options.seconds, 7))
+            sides = [(each, _batch(_canvas(each, paths[0], imgsz), fastest.batch)) for each in (best, other)]
+            comparison = compare(sides[0], sides[1], max(2 * options.seconds, 7))
     return BenchReport(
         weights=str(path),
         backend=best.name,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cv2
 import pytest
 
 from parkdet.runtime.bench import PipelineSpeed
@@ -88,6 +91,43 @@ def test_what_cannot_be_measured_is_a_usage_error(run_cli: RunCli, tiny_onnx: Pa
         (("--weights", tiny_onnx, "--images", "5", "--deadline", "soon"), "no time span"),
         (("--weights", tiny_onnx, "--tta"), "without test-time augmentation"),
         (("--weights", tiny_onnx, "--source", tmp_path, "--data", tmp_path), "not both"),
+        (("--weights", tiny_onnx, "--vs", tmp_path / "none.onnx"), "no such file"),
+        (("--weights", tiny_onnx, "--json", tmp_path / "nowhere/figures.json"), "--json"),
+        (("--weights", tiny_onnx, "--json", tmp_path), "--json"),
     ):
         code, _, err = run_cli("bench", *arguments)
         assert (code, words in err) == (2, True), err
+        assert "measuring" not in err
+
+
+def test_unreadable_images_are_left_out_of_the_sample(
+    run_cli: RunCli, tiny_onnx: Path, tmp_path: Path, picture: Callable[..., Any]
+) -> None:
+    for name, content in (("a.jpg", b"no image"), ("b.png", b"")):
+        (tmp_path / name).write_bytes(content)
+    code, _, err = run_cli("bench", "--weights", tiny_onnx, "--source", tmp_path, "--seconds", "0.1")
+    assert code == 1
+    assert "a.jpg: is not a PNG" in err
+    cv2.imwrite(str(tmp_path / "c.png"), picture(60, 90))
+    code, out, err = run_cli("bench", "--weights", tiny_onnx, "--source", tmp_path, "--seconds", "0.1")
+    assert code == 0, err
+    assert f"1 images of {tmp_path} (2 more could not be read)" in out
+
+
+def test_two_artifacts_of_different_canvases_are_compared(
+    run_cli: RunCli, tiny_model: Any, tiny_onnx: Path, tmp_path: Path
+) -> None:
+    fixed = tiny_model.save(tmp_path / "fixed.onnx", fixed=(2, 64, 96))
+    for one, other in ((tiny_onnx, fixed), (fixed, tiny_onnx)):
+        code, out, err = run_cli("bench", "--weights", one, "--vs", other, "--seconds", "0.1")
+        assert code == 0, err
+        assert f"times the images/s of {other}" in out
+
+
+def test_a_full_disk_is_told_as_such(run_cli: RunCli, tiny_onnx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, content: bytes) -> None:  # noqa: ARG001
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    code, _, err = run_cli("bench", "--weights", tiny_onnx, "--seconds", "0.1")
+    assert (code, "the disk is full" in err) == (1, True), err
