@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from parkdet.runtime.backends.base import Backend, FinishingBackend
 from parkdet.runtime.geometry import Letterbox
+from parkdet.runtime.image_headers import read_header
+from parkdet.runtime.loading import ImageItem
 
 
 def fit_letterbox(image_hw: tuple[int, int], imgsz: int, backend: Backend) -> Letterbox:
@@ -23,6 +25,21 @@ def fit_letterbox(image_hw: tuple[int, int], imgsz: int, backend: Backend) -> Le
     if height is None and width is None:
         return own
     return _onto(image_hw, imgsz, stride, (height or own.canvas_hw[0], width or own.canvas_hw[1]))
+
+
+def in_canvas_order(items: list[ImageItem], imgsz: int, backend: Backend) -> list[ImageItem]:
+    """The images with those of one canvas in a row, as their headers say, else in their order.
+
+    A backend keeps few canvases compiled, and batches get full. What has no size comes first.
+    """
+
+    def canvas_hw(item: ImageItem) -> tuple[int, int]:
+        header = None if item.path is None else read_header(item.path)
+        if header is None or header.problem is not None:
+            return 0, 0
+        return fit_letterbox((header.height, header.width), imgsz, backend).canvas_hw
+
+    return sorted(items, key=canvas_hw)
 
 
 def _onto(image_hw: tuple[int, int], imgsz: int, stride: int, canvas: tuple[int, int]) -> Letterbox:

@@ -20,7 +20,7 @@ from typing import Protocol
 import numpy as np
 
 from parkdet.runtime.backends.base import Backend, FinishingBackend, available_cpus
-from parkdet.runtime.canvas_choice import fit_letterbox
+from parkdet.runtime.canvas_choice import fit_letterbox, in_canvas_order
 from parkdet.runtime.errors import DataError, UsageError
 from parkdet.runtime.geometry import ImageArray, Letterbox, xyxy_to_xywh
 from parkdet.runtime.loading import ImageItem, LoadedImage, ahead, load_image, single_threaded_cv2
@@ -338,13 +338,18 @@ class _Run:
 
     def _jobs(self) -> Iterator[tuple[ImageItem, int]]:
         """Image by image as its turn to be decoded comes, with the plan that is chosen then."""
-        for number, item in enumerate(self.todo):
-            if self.stop.is_set() or (plan := self.chooser.next_plan(len(self.todo) - number)) is None:
-                return
-            if number % self.shard_images == 0:
-                self.shards.append(_OpenShard(self.todo[number : number + self.shard_images]))
-            self.shard_of[item.image_id] = self.shards[-1]
-            yield item, plan
+        for start in range(0, len(self.todo), self.shard_images):
+            shard = _OpenShard(self.todo[start : start + self.shard_images])
+            # For a deadline speeds are watched as images come, so canvases must come mixed.
+            first, plain = self.pipeline.plans[0], isinstance(self.chooser, _FirstPlan)
+            order = in_canvas_order(shard.items, first.imgsz, first.backend) if plain else shard.items
+            for number, item in enumerate(order, start):
+                if self.stop.is_set() or (plan := self.chooser.next_plan(len(self.todo) - number)) is None:
+                    return
+                if number == start:
+                    self.shards.append(shard)
+                self.shard_of[item.image_id] = shard
+                yield item, plan
 
     def _gather(self, loaded: LoadedImage, runners: ThreadPoolExecutor) -> None:
         times, batch_size = self.report.times.seconds, self.pipeline.settings.batch_size

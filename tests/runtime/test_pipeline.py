@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
@@ -146,6 +147,17 @@ def test_images_of_one_canvas_share_a_batch(backend: NumpyBackend, items: list[I
     _run(backend, items, tmp_path / "run", batch_size=4)
     assert (4, *Letterbox.fit((60, 90), 96, 16).canvas_hw, 3) in backend.shapes
     assert sum(shape[0] for shape in backend.shapes) == len(SIZES)
+
+
+def test_each_canvas_of_a_shard_comes_once(backend: NumpyBackend, items: list[ImageItem], tmp_path: Path) -> None:
+    """A backend keeps few of them compiled: mixed, eight canvases took twice the time."""
+    backend.parallel = 1
+    many = [replace(item, image_id=100 * turn + number) for turn in range(3) for number, item in enumerate(items)]
+    _run(backend, many, tmp_path / "run", batch_size=1)
+    canvases = [shape[1:3] for shape in backend.shapes]
+    assert sorted(canvases) == sorted(Letterbox.fit(image_hw, 96, 16).canvas_hw for image_hw in SIZES * 3)
+    # Two calls may change places where one canvas follows another.
+    assert sum(one != other for one, other in itertools.pairwise(canvases)) <= 2 * len(set(canvases))
 
 
 def test_images_that_cannot_be_read_are_recorded_with_the_reason(
