@@ -44,6 +44,8 @@ class Learner:
         self.network.requires_grad_(True)
         for index in frozen_layers(s.freeze, len(network.model)):
             self.network.model[index].requires_grad_(False)
+        if not any(parameter.requires_grad for parameter in self.network.parameters()):
+            raise UsageError("freeze: no layer is left to learn; leave out the last one at least")
         self.shares_norms = ranks.world > 1 and device.type == "cuda" and s.sync_bn
         if self.shares_norms:
             nn.SyncBatchNorm.convert_sync_batchnorm(self.network)  # type: ignore[no-untyped-call]

@@ -85,6 +85,11 @@ def test_frozen_layers_keep_their_weights_and_the_others_learn(freeze: int | tup
         assert torch.equal(parameter, before[name]) == (layer in frozen), name
 
 
+def test_something_must_be_left_to_learn() -> None:
+    with pytest.raises(UsageError, match="freeze: no layer is left to learn"):
+        Learner(network(), settings(freeze=25), 0.0005, CPU)
+
+
 def test_layers_that_are_not_there_cannot_be_frozen() -> None:
     assert frozen_layers(0, 25) == ()
     assert frozen_layers(3, 25) == (0, 1, 2)
