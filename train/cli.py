@@ -136,7 +136,7 @@ def train(
     budget = TimeBudget(parse_duration(time_budget)) if time_budget is not None else None
     given = (*_settings_of(flags), *overrides)
     if resume is not None:
-        _require_nothing_settled(given or config or hyp or weights, named=resume != _LATEST)
+        _require_nothing_settled(given or config or hyp or weights)
     if resume is None and data is None:
         raise UsageError("name the data set's folder with --data")
     with process_group(device) as (ranks, device_name), quiet_decoders():
@@ -167,8 +167,8 @@ def train(
             click.echo(str(best))
 
 
-def _require_nothing_settled(recipe: object, named: bool) -> None:
-    """UsageError where beside `--resume` stands what the run was started with; `named`: it says which run."""
+def _require_nothing_settled(recipe: object) -> None:
+    """UsageError where beside `--resume` stands what the run was started with."""
     from parkdet.runtime.errors import UsageError
 
     if recipe:
@@ -176,13 +176,8 @@ def _require_nothing_settled(recipe: object, named: bool) -> None:
             "--resume goes on with a run as it was started; give it alone, or with --data (where the data set lies "
             "now), --device, --workers, --noplots, --time-budget"
         )
-    source = click.get_current_context().get_parameter_source
-    for option in ("name", "exist_ok", *(("project",) if named else ())):
-        if source(option) is click.core.ParameterSource.COMMANDLINE:
-            raise UsageError(
-                f"--resume goes on in the run's own folder, to which --{option.replace('_', '-')} says nothing; name "
-                "the folder: --resume RUN"
-            )
+    if click.get_current_context().get_parameter_source("name") is click.core.ParameterSource.COMMANDLINE:
+        raise UsageError("--resume goes on in the run's own folder; name that, and not its --name: --resume RUN")
 
 
 def _new_run(
