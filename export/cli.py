@@ -16,7 +16,7 @@ def parse_canvas(_context: click.Context, _parameter: click.Parameter, value: st
     if value is None:
         return None
     height, _, width = value.lower().partition("x")
-    if not (height.isdecimal() and width.isdecimal()):
+    if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
         raise click.BadParameter(f"'{value}' is not HEIGHTxWIDTH, such as 896x1600")
     return int(height), int(width)
 

@@ -246,9 +246,11 @@ def prove(
         if outside and not one.refuses:
             outside.append("infer computes in bf16 on such a processor unless it is given --precision fp32")
         (findings if one.refuses else noted).extend(outside)
+    if unread := len(job.source.paths) - len(images) if job.source.paths else 0:
+        noted.append(f"{unread} of {len(job.source.paths)} images could not be read and were left out")
     if job.source.paths and len(images) < GATE_IMAGES:
         noted.append(f"{len(images)} images prove little; give --calibration at least {GATE_IMAGES}")
-    if reports[0].detections == 0:
+    if reports[0].images and reports[0].detections == 0:
         noted.append(
             "no detections of score 0.1 or more on these images, so only raw outputs were compared; name a folder of "
             "your images with --calibration"
@@ -258,7 +260,7 @@ def prove(
     return GateResult(
         artifact=job.output.name,
         checkpoint=f"{job.options.weights.name} (SHA-256 {job.checkpoint.spec.checkpoint_sha256})",
-        source=f"{reports[0].images} {job.source.words}",
+        source=f"{len(images)} {job.source.words}",
         reports=tuple(reports),
         findings=tuple(findings),
         warnings=tuple(noted),

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,8 +37,14 @@ _LONGEST_MEASUREMENT = 60.0
 """Seconds after which the comparison of speeds ends with the rounds that it has, three at least."""
 
 
+def require_nncf() -> None:
+    """UsageError where NNCF is not installed: told before a large network is exported for it."""
+    if find_spec("nncf") is None:
+        raise UsageError("--precision int8 quantises with NNCF, which is not installed: pip install nncf")
+
+
 def quantised(graph: GraphFile, canvases: Sequence[ImageArray], say: Say) -> tuple[openvino.Model, ModelSpec]:
-    """The OpenVINO model with INT8 convolutions and its spec. UsageError where NNCF is not installed.
+    """The OpenVINO model with INT8 convolutions and its spec. UsageError where NNCF cannot be imported.
 
     `graph`: float32 with raw heads. The last convolution of every head, and what follows, is left in float: a step of
     INT8 there would move boxes by pixels.
@@ -47,7 +54,7 @@ def quantised(graph: GraphFile, canvases: Sequence[ImageArray], say: Say) -> tup
             warnings.simplefilter("ignore")
             import nncf
     except ImportError as error:
-        raise UsageError("--precision int8 quantises with NNCF, which is not installed: pip install nncf") from error
+        raise UsageError(f"--precision int8: NNCF cannot be imported ({error}); pip install nncf") from error
     from openvino._offline_transformations import apply_moc_transformations
 
     model = process_core().read_model(graph.path)

@@ -21,6 +21,7 @@ def export_int8(job: ExportJob, say: Say) -> Path:
     """The OpenVINO folder of a checkpoint in INT8. GateError where its detections or its speed are not good enough."""
     if job.graph.head != "raw" or job.graph.input_format != "uint8-nhwc":
         raise UsageError("--precision int8 makes a graph for the runtime: leave --head and --input as they are")
+    int8.require_nncf()
     network = job.checkpoint.model
     pending = job.output.with_name(f".{job.output.name}.pending")
     reference = job.output.with_name(f".{job.output.name}.float32.pending.onnx")

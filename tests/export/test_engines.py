@@ -98,6 +98,7 @@ def test_an_engine_for_other_tools_is_built_where_there_is_a_gpu_for_it(
         (("--batch-size", "1-4"), "a range is for engines"),
         (("--engine", "tensorrt-rtx", "--arch", "x"), "'x' is no compute capability"),
         (("--canvas", "100x200"), "multiple of 16"),
+        (("--canvas", "0x0"), "'0x0' is not HEIGHTxWIDTH"),
         (("--workspace", "much", "--engine", "tensorrt-rtx"), "'much' is no size"),
         (("--output", "x.pt"), "must end in .onnx"),
         (("--data", "nowhere"), "nowhere: no such folder"),

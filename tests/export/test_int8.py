@@ -17,6 +17,7 @@ from parkdet.runtime.backends.base import open_backend
 from parkdet.runtime.errors import GateError, ParkdetError
 from parkdet.train import save_checkpoint
 from parkdet.train.model.network import Yolov5
+from tests.conftest import RunCli
 
 needs_nncf = pytest.mark.skipif(importlib.util.find_spec("nncf") is None, reason="NNCF is not installed (extra 'int8')")
 
@@ -68,3 +69,13 @@ def test_a_folder_that_the_runtime_opens_or_a_refusal_with_figures(
     report = json.loads((tmp_path / "best_int8_openvino.rejected.parity.json").read_text())
     assert not report["passed"]
     assert (tmp_path / "best_int8_openvino.rejected" / "model.xml").is_file()
+
+
+def test_nncf_is_missed_before_work_begins(
+    network: Yolov5, tmp_path: Path, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(tmp_path / "best.pt", network)
+    monkeypatch.setattr(int8, "find_spec", lambda _: None)
+    code, _, err = run_cli("export", "--weights", tmp_path / "best.pt", "--precision", "int8")
+    assert (code, "exporting" in err) == (2, False), err
+    assert "pip install nncf" in err

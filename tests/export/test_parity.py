@@ -163,6 +163,19 @@ def weights(network: Yolov5, tmp_path: Path) -> Path:
     return tmp_path / "best.pt"
 
 
+def test_images_that_cannot_be_read_are_told(weights: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in ("a", "b"):
+        cv2.imwrite(str(folder / f"{name}.png"), np.full((36, 64, 3), 90, np.uint8))
+    (folder / "c.jpg").write_bytes(b"junk")
+    said: list[str] = []
+    options = ExportOptions(weights=weights, calibration=folder, graph=GraphOptions(canvas_hw=CANVAS))
+    exporter.export_onnx(options, said.append)
+    assert f"gate: 2 images of {folder}" in said
+    assert "warning: 1 of 3 images could not be read and were left out" in said
+
+
 def test_the_file_bears_its_name_only_after_the_gate(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = weights.parent
     said: list[str] = []
