@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from parkdet.runtime.backends.base import BackendOptions
 from parkdet.runtime.backends.tensorrt import TensorRtBackend
@@ -229,16 +231,47 @@ def test_the_plugin_through_trtexec(gpu: Device, tmp_path: Path, repository: Pat
     configure = ["cmake", "-S", str(repository / "runtime/cuda/plugin"), "-B", str(build)]
     for command in (configure, ["cmake", "--build", str(build)]):
         subprocess.run(command, check=True, timeout=900)
-    graph = tmp_path / "plugin.onnx"
+    graph, answers = tmp_path / "plugin.onnx", tmp_path / "outputs.json"
     _plugin_graph(graph)
+    spec, random = TinyModel.random().spec, np.random.default_rng(3)
+    heads: list[RawHead] = [random.normal(-1, 2, (1, 2, 80 // s, 112 // s, 8)).astype(np.float32) for s in spec.strides]
+    inputs = [f"head{level}:{tmp_path / f'head{level}.bin'}" for level in range(len(heads))]
+    for level, head in enumerate(heads):
+        head.tofile(tmp_path / f"head{level}.bin")
     run = subprocess.run(
         ["trtexec", f"--onnx={graph}", "--stronglyTyped", f"--dynamicPlugins={build / 'libparkdet_nms.so'}",
-         "--iterations=100"],
+         "--iterations=100", f"--loadInputs={','.join(inputs)}", f"--exportOutput={answers}"],
         capture_output=True, text=True, check=False, timeout=900,
     )  # fmt: skip
     told = ("Throughput", "GPU Compute Time")
     figures["trtexec"] = [line for line in run.stdout.splitlines() if any(word in line for word in told)]
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+    found = _trtexec_outputs(answers)
+    ((right, _),) = [suppress(one, CONTEST) for one in decode_candidates(heads, spec, CONTEST.conf)]
+    assert found["num_dets"].item() == len(right) > 10
+    # It writes six digits.
+    assert np.array_equal(found["classes"][0, : len(right)], right.class_ids)
+    assert np.allclose(found["scores"][0, : len(right)], right.scores, atol=1e-5)
+    assert np.allclose(found["boxes"][0, : len(right)], right.xyxy, atol=1e-2)
+
+
+def _trtexec_outputs(path: Path) -> dict[str, NDArray[np.float64]]:
+    """What `trtexec --exportOutput` wrote, by name: a list of names, dimensions such as 1x50x4, and values."""
+    return {
+        tensor["name"]: np.array(tensor["values"]).reshape([int(side) for side in tensor["dimensions"].split("x")])
+        for tensor in json.loads(path.read_text())
+    }
+
+
+def test_what_trtexec_writes_is_read(tmp_path: Path) -> None:
+    written = tmp_path / "outputs.json"
+    written.write_text(
+        '[\n  { "name" : "num_dets"\n  , "dimensions" : "1x1"\n  , "values" : [ 2 ]\n  }\n'
+        ', { "name" : "boxes"\n  , "dimensions" : "1x2x4"\n  , "values" : [ 0, 1, 2.5, 3, 4, 5, 6, 7e-05 ]\n  }\n]\n'
+    )
+    found = _trtexec_outputs(written)
+    assert found["num_dets"].item() == 2
+    assert found["boxes"].shape == (1, 2, 4)
 
 
 def _plugin_graph(path: Path) -> None:
