@@ -180,8 +180,8 @@ def check(
         )
     if sidecar.flavour != flavour:
         raise ArtifactError(
-            f"{engine}: is an engine of {_name(sidecar.flavour)} and cannot be run by {_name(flavour)}; open it with "
-            f"--backend {sidecar.flavour}, or build one with 'parkdet export --engine {flavour}'"
+            f"{engine}: is an engine of {_name(sidecar.flavour)} and cannot be run by {_name(flavour)}; install "
+            f"{_name(sidecar.flavour)}, or build one with 'parkdet export --engine {flavour}'"
         )
     if not _same_version(sidecar, version):
         raise ArtifactError(
