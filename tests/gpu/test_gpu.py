@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -256,9 +257,11 @@ def test_the_plugin_through_trtexec(gpu: Device, tmp_path: Path, repository: Pat
 
 
 def _trtexec_outputs(path: Path) -> dict[str, NDArray[np.float64]]:
-    """What `trtexec --exportOutput` wrote, by name: a list of names, dimensions such as 1x50x4, and values."""
+    """What `trtexec --exportOutput` wrote, by name: a list of names, dimensions (1x50x4 or (1, 50, 4)), and values."""
     return {
-        tensor["name"]: np.array(tensor["values"]).reshape([int(side) for side in tensor["dimensions"].split("x")])
+        tensor["name"]: np.array(tensor["values"]).reshape(
+            [int(side) for side in re.findall(r"\d+", tensor["dimensions"])]
+        )
         for tensor in json.loads(path.read_text())
     }
 
@@ -267,7 +270,7 @@ def test_what_trtexec_writes_is_read(tmp_path: Path) -> None:
     written = tmp_path / "outputs.json"
     written.write_text(
         '[\n  { "name" : "num_dets"\n  , "dimensions" : "1x1"\n  , "values" : [ 2 ]\n  }\n'
-        ', { "name" : "boxes"\n  , "dimensions" : "1x2x4"\n  , "values" : [ 0, 1, 2.5, 3, 4, 5, 6, 7e-05 ]\n  }\n]\n'
+        ', { "name" : "boxes"\n  , "dimensions" : "(1, 2, 4)"\n  , "values" : [ 0, 1, 2.5, 3, 4, 5, 6, 7e-05 ]\n  }\n]\n'
     )
     found = _trtexec_outputs(written)
     assert found["num_dets"].item() == 2
