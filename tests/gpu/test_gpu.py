@@ -270,7 +270,7 @@ def test_what_trtexec_writes_is_read(tmp_path: Path) -> None:
     written = tmp_path / "outputs.json"
     written.write_text(
         '[\n  { "name" : "num_dets"\n  , "dimensions" : "1x1"\n  , "values" : [ 2 ]\n  }\n'
-        ', { "name" : "boxes"\n  , "dimensions" : "(1, 2, 4)"\n  , "values" : [ 0, 1, 2.5, 3, 4, 5, 6, 7e-05 ]\n  }\n]\n'
+        ', { "name" : "boxes"\n  , "dimensions" : "(1, 2, 4)"\n  , "values" : [ 0, 1, 2.5, 3, 4, 5, 6, 7e-5 ]\n  }\n]\n'
     )
     found = _trtexec_outputs(written)
     assert found["num_dets"].item() == 2
