@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 
 from parkdet.runtime.backends.base import Precision, refuse_unfit_views, resolve_artifact
-from parkdet.runtime.backends.compiled_cache import artifact_digest
+from parkdet.runtime.backends.graph_cache import artifact_digest
 from parkdet.runtime.contest import ContestData
 from parkdet.runtime.deadline import DeadlinePlanner
 from parkdet.runtime.errors import UsageError

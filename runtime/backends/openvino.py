@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parkdet.runtime.backends.base import BackendOptions, GraphBackend, Precision, heads_to_compute, spec_from_metadata
-from parkdet.runtime.backends.compiled_cache import CompiledCache, artifact_digest
+from parkdet.runtime.backends.graph_cache import GraphCache, artifact_digest
 from parkdet.runtime.backends.onnx_file import read_onnx_metadata
 from parkdet.runtime.errors import ArtifactError, UsageError
 from parkdet.runtime.geometry import ImageArray
@@ -28,8 +28,6 @@ MAX_COMPILED = 4
 
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
 _WIDEST = float(np.finfo(np.float32).max)
-_GRAPH_REVISION = 1
-"""Counted up when what `_with_float_heads` makes of a graph changes: cached graphs of before are not for it."""
 
 
 class OpenVinoBackend(GraphBackend):
@@ -39,27 +37,20 @@ class OpenVinoBackend(GraphBackend):
 
     def __init__(self, path: Path, options: BackendOptions) -> None:
         self._core = process_core()
-        self._model: openvino.Model | None = None
         if path.suffix.lower() == ".onnx":
             # Before OpenVINO sees it: on a damaged file its frontends print to the terminal in turn.
             metadata = read_onnx_metadata(path)
+            spec = spec_from_metadata(path, metadata)
+            model = self._read_onnx(path)
         else:
             _check_ir(path)
-            self._model = self._core.read_model(path)
-            has_spec = self._model.has_rt_info(["framework", SPEC_KEY])
-            metadata = {SPEC_KEY: str(self._model.get_rt_info(["framework", SPEC_KEY]).value)} if has_spec else {}
-        spec = spec_from_metadata(path, metadata)
-        self._cache = CompiledCache(artifact_digest(path))
-        if self._model is None and not (spec.inputs and spec.outputs and self._cache.knows()):
-            self._model = self._core.read_model(path)
-        # A graph that was compiled before was read and checked then; reading a large one again takes seconds.
-        ports = None if self._model is None else (self._model.inputs, self._model.outputs)
-        super().__init__(
-            path,
-            spec,
-            [_tensor_spec(port) for port in ports[0]] if ports else list(spec.inputs),
-            [_tensor_spec(port) for port in ports[1]] if ports else list(spec.outputs),
-        )
+            model = self._core.read_model(path)
+            has_spec = model.has_rt_info(["framework", SPEC_KEY])
+            metadata = {SPEC_KEY: str(model.get_rt_info(["framework", SPEC_KEY]).value)} if has_spec else {}
+            spec = spec_from_metadata(path, metadata)
+        inputs, outputs = ([_tensor_spec(port) for port in ports] for ports in (model.inputs, model.outputs))
+        super().__init__(path, spec, inputs, outputs)
+        self._model: openvino.Model | None = model
         computed_in = _precision(options.precision)
         self.precision = computed_in if spec.precision != "int8" else f"int8-{computed_in}"
         self.parallel = 1 if options.goal == "latency" else streams_for(options.threads)
@@ -105,32 +96,25 @@ class OpenVinoBackend(GraphBackend):
             return idle
 
     def _compile(self, shape: tuple[int, ...]) -> openvino.CompiledModel:
-        """The graph for one input shape, from the cache if it was compiled before."""
+        """The graph for one input shape."""
         import openvino as ov
 
-        key = {
-            "shape": list(shape),
-            "settings": self._settings,
-            "openvino": ov.get_version(),
-            "processor": self._core.get_property("CPU", "FULL_DEVICE_NAME"),
-            "capabilities": sorted(self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")),
-            "heads": self._wanted,
-            "revision": _GRAPH_REVISION,
-        }
-        if (blob := self._cache.load(key)) is not None:
-            try:
-                return self._core.import_model(blob, "CPU", self._settings)
-            except RuntimeError:
-                self._cache.forget(key)
-        if self._model is None:
-            self._model = self._core.read_model(self.path)
+        assert self._model is not None
         model = self._model.clone()
         if self._wanted is not None:
             model = ov.Model(model.get_results()[: self._wanted], model.get_parameters(), model.get_name())
         model.reshape({model.input(0): list(shape)})
-        compiled = self._core.compile_model(_with_float_heads(model), "CPU", self._settings)
-        self._cache.store(key, compiled.export_model().getvalue())
-        return compiled
+        return self._core.compile_model(_with_float_heads(model), "CPU", self._settings)
+
+    def _read_onnx(self, path: Path) -> openvino.Model:
+        """The file's graph, from the cache if it was read before."""
+        cache = GraphCache(artifact_digest(path))
+        if (model := cache.load(self._core)) is None:
+            model = self._core.read_model(path)
+            cache.store(model)
+            # From now on the mapped form, so that this run computes as the next one will, and in less memory.
+            model = cache.load(self._core) or model
+        return model
 
     def _release(self) -> None:
         with self._lock:

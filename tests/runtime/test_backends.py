@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from parkdet.runtime.backends import compiled_cache, open_backend
+from parkdet.runtime.backends import open_backend
 from parkdet.runtime.backends.base import available_cpus
 from parkdet.runtime.backends.onnx_file import read_onnx_metadata
 from parkdet.runtime.backends.onnxruntime import check_provider
@@ -234,59 +234,6 @@ def test_bf16_is_refused_where_the_processor_lacks_it_and_its_heads_are_float32(
         np.testing.assert_allclose(head, expected, atol=0.2)  # products of 8 bits, summed over up to 768
         # Rounded to bf16, the lower half of every number would be zeros.
         assert np.mean(head.view(np.uint32) & 0xFFFF != 0) > 0.99
-
-
-def test_a_compiled_graph_is_taken_from_the_cache_and_a_damaged_one_is_made_again(
-    tiny_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    path, canvases = tiny_model.save(tmp_path / "a.onnx"), _canvases((1, 32, 48))
-    heads = []
-
-    def run() -> None:
-        with open_backend(path, "openvino") as backend:
-            heads.append(backend.infer(canvases))
-
-    run()
-    (kept,) = compiled_cache.cache_folder().iterdir()
-    first = kept.stat().st_mtime_ns
-    stored: list[bytes] = []
-    real = compiled_cache.CompiledCache.store
-
-    def store(cache: compiled_cache.CompiledCache, key: dict[str, Any], blob: bytes) -> None:
-        stored.append(blob)
-        real(cache, key, blob)
-
-    monkeypatch.setattr(compiled_cache.CompiledCache, "store", store)
-    run()
-    assert not stored
-    assert kept.stat().st_mtime_ns > first  # the least recently used goes first
-    for damage in (kept.read_bytes()[:-7], b"", kept.read_bytes()[:-1] + b"x"):
-        kept.write_bytes(damage)
-        run()
-        assert stored.pop()
-        assert [*compiled_cache.cache_folder().iterdir()] == [kept]
-    with open_backend(path, "openvino", precision="fp32") as backend:
-        backend.infer(canvases)
-        backend.infer(_canvases((2, 32, 48)))
-    assert len([*compiled_cache.cache_folder().iterdir()]) in (2, 3)  # 2 where fp32 is all that there is
-    for other in heads[1:]:
-        np.testing.assert_array_equal(other[0], heads[0][0])
-    monkeypatch.setattr(compiled_cache, "MAX_BYTES", 4 * kept.stat().st_size)
-    for height in (64, 80, 96):
-        with open_backend(path, "openvino") as backend:
-            backend.infer(_canvases((1, height, 48)))
-    assert 1 <= len([*compiled_cache.cache_folder().iterdir()]) <= 4
-
-
-def test_a_cache_that_cannot_be_written_is_done_without(
-    tiny_model: Model, tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "file").write_text("in the way")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    canvases = _canvases((1, 32, 48))
-    with open_backend(tiny_onnx, "openvino", precision="fp32") as backend:
-        np.testing.assert_allclose(backend.infer(canvases)[0], tiny_model.heads(canvases)[0], atol=1e-4)
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="CPU sets are Linux's")
