@@ -78,6 +78,12 @@ def installed(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return _install(_build(_copy(repository, folder / "source")), folder / "elsewhere")
 
 
+def test_the_extras_for_engines_bring_the_bindings_that_run_them(repository: Path) -> None:
+    extras = tomllib.loads((repository / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for extra in ("gpu", "rtx"):
+        assert "cuda-bindings>=13" in extras[extra]
+
+
 def test_the_command_answers(installed: Path) -> None:
     run = _run(installed, "parkdet", "--help")
     assert (run.returncode, run.stderr) == (0, "")

@@ -177,8 +177,6 @@ class _Kind:
     suffixes: tuple[str, ...]
     devices: tuple[str, ...]
     """Kinds of device that it runs on, the default first."""
-    extra: str = "cpu"
-    """Of parkdet, which brings it."""
 
 
 ENGINE_SUFFIX = ".engine"
@@ -191,9 +189,7 @@ _BACKENDS = {
     "onnxruntime-tensorrt": _Kind(
         "onnxruntime", "parkdet.runtime.backends.onnxruntime:OnnxRuntimeTensorRtBackend", (".onnx",), ("cuda",)
     ),
-    "tensorrt": _Kind(
-        "cuda", "parkdet.runtime.backends.tensorrt:TensorRtBackend", (ENGINE_SUFFIX,), ("cuda",), extra="gpu"
-    ),
+    "tensorrt": _Kind("cuda", "parkdet.runtime.backends.tensorrt:TensorRtBackend", (ENGINE_SUFFIX,), ("cuda",)),
 }
 """In the order of preference: the first one that reads a suffix is its default."""
 
@@ -288,7 +284,10 @@ def _choose(artifact: Path, backend: str | None, device: str | None) -> tuple[st
     if find_spec(package) is None:
         others = [other for other in readers if other != name and find_spec(_BACKENDS[other].package)]
         hint = f", or choose --backend {others[0]}" if others else ""
-        raise UsageError(f"{package} is not installed: pip install 'parkdet[{_BACKENDS[name].extra}]'{hint}")
+        if suffix == ENGINE_SUFFIX:
+            hint = ", or 'parkdet[rtx]' for engines of TensorRT for RTX alone"
+        extra = "cpu" if on == "cpu" else "gpu"
+        raise UsageError(f"{package} is not installed: pip install 'parkdet[{extra}]'{hint}")
     return name, on
 
 

@@ -63,7 +63,7 @@ def _bindings() -> Any:
     try:
         from cuda.bindings import driver
     except ImportError as error:
-        raise UsageError("cuda-bindings is not installed: pip install 'parkdet[gpu]'") from error
+        raise UsageError("cuda-bindings is missing: 'parkdet[gpu]' and 'parkdet[rtx]' bring it") from error
     return driver
 
 

@@ -28,6 +28,24 @@ def _canvases(shape: tuple[int, int, int], seed: int = 0) -> np.ndarray[Any, np.
     return np.random.default_rng(seed).integers(0, 256, (*shape, 3), dtype=np.uint8)
 
 
+@pytest.mark.parametrize(
+    ("file", "device", "remedy"),
+    [
+        ("m.engine", None, "'parkdet[gpu]', or 'parkdet[rtx]' for engines of TensorRT for RTX alone"),
+        ("m.onnx", None, "'parkdet[cpu]'"),
+        ("m.onnx", "cuda", "'parkdet[gpu]'"),
+    ],
+)
+def test_what_is_not_installed_is_named_with_the_extra_that_brings_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, device: str | None, remedy: str
+) -> None:
+    (tmp_path / file).touch()
+    monkeypatch.setattr("parkdet.runtime.backends.base.find_spec", lambda _: None)
+    with pytest.raises(UsageError) as error:
+        open_backend(tmp_path / file, device=device)
+    assert str(error.value).endswith(f" is not installed: pip install {remedy}")
+
+
 @pytest.mark.parametrize("name", ON_THE_CPU)
 @pytest.mark.parametrize("goal", ["throughput", "latency"])
 @pytest.mark.parametrize("shape", [(1, 16, 16), (3, 96, 64), (2, 64, 112)])

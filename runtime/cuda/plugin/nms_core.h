@@ -44,8 +44,6 @@ public:
     // Values of a field, as they were set or by default, for writing. They live as long as this object.
     const void* values(const char* name, std::size_t* count) const;
 
-    int max_det() const { return max_det_; }
-    std::size_t num_heads() const { return strides_.size(); }
     // Shape of output `index` for a batch, in `dims` (room for three); returns how many dimensions, 0 for no output.
     int output_shape(int index, std::int64_t batch, std::int64_t* dims) const;
     // Whether heads of these shapes fit the fields; `error` says why not.

@@ -20,7 +20,7 @@ IPluginV3* guarded(Make make) noexcept {  // no exception may reach TensorRT
     try {
         return make();
     } catch (std::exception const& error) {
-        return refuse(error.what()), nullptr;
+        return refuse(std::string("ParkdetNMS: ") + error.what()), nullptr;
     }
 }
 

@@ -20,13 +20,13 @@ UNREACHED = {
     "except RuntimeError as error:  # what the bindings raise where libcuda is missing or lacks the function": _WITHOUT,
     "raise UsageError(": _WITHOUT,
     "except ImportError as error:": _WITHOUT,
-    "raise UsageError(\"cuda-bindings is not installed: pip install 'parkdet[gpu]'\") from error": _WITHOUT,
+    "raise UsageError(\"cuda-bindings is missing: 'parkdet[gpu]' and 'parkdet[rtx]' bring it\") from error": _WITHOUT,
     "attributes = _bindings().CUdevice_attribute": _FIGURE,
     "kilohertz = self._attribute(attributes.CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE)": _FIGURE,
     "bits = self._attribute(attributes.CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH)": _FIGURE,
     "return 2 * kilohertz * 1000 * bits / 8  # data moves on both edges of the clock": _FIGURE,
 }
-"""Line that is not run on the simulated driver -> why. The whole table is printed."""
+"""Line that is not run on the simulated driver -> why."""
 HEADER = next(
     (place for place in (Path("/usr/local/cuda/include"), Path("/usr/include")) if (place / "cuda.h").exists()), None
 )
@@ -45,7 +45,7 @@ def test_everything_with_streams_as_late_as_can_be(
     outcome = on_simulation("-m", "coverage", "run", data, f"--include={','.join(MEASURED)}", *PYTEST, SIMULATED)
     assert outcome.code == 0, outcome.output
     report = on_simulation("-m", "coverage", "report", data, "--show-missing", "--skip-empty")
-    print(report.output)
+    print(report.output, *(f"not run: {line}\n    {why}" for line, why in UNREACHED.items()), sep="\n")
     figures = tmp_path / "coverage.json"
     told = on_simulation("-m", "coverage", "json", data, "-q", "-o", str(figures))
     assert told.code == 0, told.output

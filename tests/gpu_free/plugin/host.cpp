@@ -134,7 +134,8 @@ host_run(char const* library, char const* const* names, int const* types, void c
     auto* const core = capability<IPluginV3OneCore>(built, PluginCapabilityType::kCORE);
     auto* const build = capability<IPluginV3OneBuild>(built, PluginCapabilityType::kBUILD);
     DEMAND(core && build && capability<IPluginV3OneRuntime>(built, PluginCapabilityType::kRUNTIME), "a capability is missing");
-    DEMAND(!strcmp(core->getPluginName(), "ParkdetNMS") && !strcmp(core->getPluginNamespace(), "parkdet"), "core's name");
+    DEMAND(!strcmp(core->getPluginName(), "ParkdetNMS") && !strcmp(core->getPluginVersion(), "1") &&
+               !strcmp(core->getPluginNamespace(), "parkdet"), "core's name, version or namespace");
     DEMAND(build->getNbOutputs() == 4, "%d outputs", build->getNbOutputs());
     DataType const input_type = half ? DataType::kHALF : DataType::kFLOAT;
     std::vector<DataType> input_types(size_t(heads), input_type), output_types(4);

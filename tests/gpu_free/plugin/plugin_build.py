@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -13,7 +15,14 @@ from typing import Any
 import numpy as np
 
 from parkdet.runtime.heads import RawHead
-from tests.gpu_free.kernels.simulation import KERNELS, compiled, kernel_flags, kernel_sources, scheduler_object
+from tests.gpu_free.kernels.simulation import (
+    KERNELS,
+    build_folder,
+    compiled,
+    kernel_flags,
+    kernel_sources,
+    scheduler_object,
+)
 
 HERE = Path(__file__).parent
 PLUGIN = KERNELS / "plugin"
@@ -56,8 +65,21 @@ class Attributes:
 
 def shared_core() -> Path:
     """NmsCore and its launches on the CPU, without TensorRT."""
-    sources = [HERE / "core_interface.cpp", HERE / "launch_cpu.cpp", PLUGIN / "nms_core.cpp", scheduler_object()]
+    sources = [HERE / "core_interface.cpp", PLUGIN / "nms_core.cpp", launches_object(), scheduler_object()]
     return compiled(sources, [*kernel_flags(), "-fvisibility=hidden", "-shared"], _dependencies(), ".so")
+
+
+def launches_object() -> Path:
+    """launch.cu with its launches in words that g++ knows: those of cuda_launches.h."""
+    cuda = PLUGIN / "launch.cu"
+    text, launches = re.subn(r"(\w+)<<<([^<>]*)>>>\(", r"launched(\1, \2)(", cuda.read_text())
+    assert launches, f"{cuda} launches nothing"
+    text = f'#include "cuda_launches.h"\n#line 1 {json.dumps(str(cuda))}\n{text}'
+    source = build_folder() / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.cpp"
+    partial = source.with_name(f"{os.getpid()}-{source.name}")
+    partial.write_text(text)
+    partial.replace(source)
+    return compiled([source], [*kernel_flags(), "-Werror", f"-I{PLUGIN}", "-c"], _dependencies(), ".o")
 
 
 def _dependencies() -> list[Path]:
@@ -81,10 +103,11 @@ def cuda_headers() -> Path | None:
 
 def plugin_library(tensorrt: Path, cuda: Path) -> Path:
     """The plugin as a host loads it, its kernels compiled for the CPU."""
-    sources = [PLUGIN / "nms_plugin.cpp", PLUGIN / "entry.cpp", PLUGIN / "nms_core.cpp", HERE / "launch_cpu.cpp"]
+    sources = [PLUGIN / "nms_plugin.cpp", PLUGIN / "entry.cpp", PLUGIN / "nms_core.cpp"]
+    sources += [launches_object(), scheduler_object()]
     system = ["-isystem", str(tensorrt), "-isystem", str(cuda)]
     flags = [*kernel_flags(), "-Werror", "-fvisibility=hidden", "-shared", *system]
-    return compiled([*sources, scheduler_object()], flags, [*_dependencies(), tensorrt / "NvInferVersion.h"], ".so")
+    return compiled(sources, flags, [*_dependencies(), tensorrt / "NvInferVersion.h"], ".so")
 
 
 def host_library(tensorrt: Path, cuda: Path) -> Path:

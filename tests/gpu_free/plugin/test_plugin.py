@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import re
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -164,6 +167,15 @@ def _run(library: ctypes.CDLL, attributes: Attributes, heads: Sequence[RawHead],
     return outputs
 
 
+def test_a_launch_that_fails_is_told(core: Core, library: ctypes.CDLL) -> None:
+    """No image, so no block: the grid is one that no GPU takes either."""
+    assert core.set_all()
+    heads = raw_heads(0)
+    raw, into = (ctypes.c_void_p * 2)(), (ctypes.c_void_p * 4)()
+    trouble = library.core_run(core.handle, dims_of(heads).ctypes.data, len(heads), raw, True, into, None)
+    assert trouble == b"a grid must not be empty, nor over 65535 in y or z"
+
+
 @pytest.mark.parametrize("half", [True, False])
 def test_heads_of_several_views_are_turned_back(library: ctypes.CDLL, half: bool) -> None:
     spec, rng = replace(SPEC, tta=True), np.random.default_rng(5)
@@ -223,6 +235,8 @@ def test_fields_come_back_as_they_were_set(core: Core, library: ctypes.CDLL) -> 
         values = np.frombuffer(ctypes.string_at(address, 4 * count.value), dtype)
         assert np.array_equal(values, core.arrays[names[-1]])
     assert sorted(names) == sorted(core.arrays)
+    assert library.core_values(core.handle, b"score_threshold", ctypes.byref(count)) is None
+    assert count.value == 0
 
 
 def test_shapes_of_the_outputs(core: Core, library: ctypes.CDLL) -> None:
@@ -358,6 +372,19 @@ def test_what_the_plugin_refuses_it_tells_tensorrts_logger(hosted: Any, changed:
     assert told in said
 
 
+def test_memory_that_runs_out_reaches_tensorrt_as_a_refusal(hosted: Any) -> None:
+    anchors = np.zeros(2**26, np.float32)  # never touched, so it is address space alone
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + anchors.nbytes // 2, before[1]))
+    try:
+        said, _ = _host(hosted, replace(ATTRIBUTES, others={"anchors": anchors}), raw_heads(1), 1, True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert said is not None
+    assert "createPlugin refused: ParkdetNMS: std::bad_alloc" in said
+
+
 @pytest.mark.parametrize("asked", [True, False])
 def test_a_host_that_only_opens_the_library_finds_the_plugin_if_it_asks(hosted: Any, asked: bool) -> None:
     _, plugin = hosted
@@ -373,3 +400,15 @@ print(ctypes.CDLL({str(registry)!r}).creators_registered())
     environment = {"LD_LIBRARY_PATH": str(registry.parent)} | ({"PARKDET_NMS_REGISTER_ON_LOAD": "1"} if asked else {})
     run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == ("1" if asked else "0"), run.stderr
+
+
+def test_a_host_without_tensorrt_hears_on_stderr_that_nothing_was_registered(hosted: Any, tmp_path: Path) -> None:
+    _, plugin = hosted
+    tensorrt, cuda = tensorrt_headers(), cuda_headers()
+    assert tensorrt is not None
+    assert cuda is not None
+    (tmp_path / registry_library(tensorrt, cuda).name).touch()  # no library, and one that this machine has stays hidden
+    program = f"import ctypes; ctypes.CDLL({str(plugin)!r})"
+    environment = {"LD_LIBRARY_PATH": str(tmp_path), "PARKDET_NMS_REGISTER_ON_LOAD": "1"}
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert re.fullmatch(r"ParkdetNMS is not registered: libnvinfer\.so\.\d+ is not found\n", run.stderr)
