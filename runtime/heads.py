@@ -22,11 +22,13 @@ RawHead = NDArray[np.floating[Any]]
 
 
 def sigmoid(raw: NDArray[np.floating[Any]]) -> FloatArray:
-    """1 / (1 + exp(-raw)) in float32, without overflow at either end."""
-    values = np.asarray(raw, np.float32)
+    """1 / (1 + exp(-raw)) in float32, in a new array, without overflow at either end."""
+    values: FloatArray = np.negative(raw, dtype=np.float32)
     # exp of a large positive number is infinity and 1 / infinity is the right 0; nothing to warn of.
     with np.errstate(over="ignore"):
-        return np.asarray(1 / (1 + np.exp(-values)), np.float32)
+        np.exp(values, out=values)
+    values += 1
+    return np.divide(1, values, out=values)
 
 
 def check_heads(heads: Sequence[RawHead], spec: ModelSpec) -> None:
@@ -77,11 +79,11 @@ def decode_heads(heads: Sequence[RawHead], spec: ModelSpec) -> FloatArray:
     arrays = [np.asarray(head) for head in heads]
     check_heads(arrays, spec)
     decoded = []
-    for head, geometry in zip(arrays, _geometries(arrays, spec), strict=True):
+    for head, geometry in zip(arrays, geometries(arrays, spec), strict=True):
         batch, anchors, rows, columns, channels = head.shape
         values = sigmoid(head)
         flat = values.reshape(batch, -1, channels)
-        _decode_boxes(flat, np.arange(anchors * rows * columns), geometry)
+        decode_boxes(flat, np.arange(anchors * rows * columns), geometry)
         decoded.append(flat)
     return np.concatenate(decoded, axis=1)
 
@@ -106,13 +108,13 @@ def decode_candidates(heads: Sequence[RawHead], spec: ModelSpec, conf: float) ->
     batch = arrays[0].shape[0]
     parts: list[list[Candidates]] = [[] for _ in range(batch)]
     first = 0
-    for head, geometry in zip(arrays, _geometries(arrays, spec), strict=True):
+    for head, geometry in zip(arrays, geometries(arrays, spec), strict=True):
         _, anchors, rows, columns, channels = head.shape
         flat = head.reshape(batch, -1, channels)
         for image in range(batch):
             index = np.flatnonzero(sigmoid(flat[image, :, 4]) > np.float32(conf))
             values = sigmoid(flat[image, index])
-            _decode_boxes(values, index, geometry)
+            decode_boxes(values, index, geometry)
             parts[image].append(Candidates(values, index + first))
         first += anchors * rows * columns
     return [
@@ -125,7 +127,9 @@ def decode_candidates(heads: Sequence[RawHead], spec: ModelSpec, conf: float) ->
 
 
 @dataclass(frozen=True, slots=True)
-class _HeadGeometry:
+class HeadGeometry:
+    """Where one head's cells and anchors lie on the canvas."""
+
     grid_hw: tuple[int, int]
     stride: int
     anchors_wh: FloatArray
@@ -133,10 +137,11 @@ class _HeadGeometry:
     canvas_width: int
 
 
-def _geometries(heads: Sequence[RawHead], spec: ModelSpec) -> list[_HeadGeometry]:
+def geometries(heads: Sequence[RawHead], spec: ModelSpec) -> list[HeadGeometry]:
+    """Of each head, in their order."""
     width = canvas_of_heads(heads, spec)[1]
     return [
-        _HeadGeometry(
+        HeadGeometry(
             grid_hw=(head.shape[2], head.shape[3]),
             stride=spec.strides[source.level],
             anchors_wh=np.array(spec.anchors[source.level], np.float32),
@@ -147,7 +152,7 @@ def _geometries(heads: Sequence[RawHead], spec: ModelSpec) -> list[_HeadGeometry
     ]
 
 
-def _decode_boxes(values: FloatArray, index: NDArray[np.int64], head: _HeadGeometry) -> None:
+def decode_boxes(values: FloatArray, index: NDArray[np.int64], head: HeadGeometry) -> None:
     """Turn the first four of (..., K, 5 + nc) sigmoids into boxes of the canvas in place.
 
     `index` (K,) counts anchor, row, column within the head.

@@ -27,6 +27,10 @@ class TensorSpec:
     shape: tuple[int, ...]
 
 
+_LARGEST_ANCHOR = 1e6
+"""Pixels: beyond any use, and small enough for areas in float32."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSpec:
     """Class names, geometry and provenance of a detector: the same object from checkpoint to engine."""
@@ -75,6 +79,8 @@ class ModelSpec:
             raise ValueError(f"strides must be positive and ascend: {self.strides}")
         if len({len(level) for level in self.anchors}) != 1 or not self.anchors[0]:
             raise ValueError("every level must have the same number of anchors")
+        if any(not 0 < side <= _LARGEST_ANCHOR for level in self.anchors for anchor in level for side in anchor):
+            raise ValueError(f"anchors have a width and a height, in pixels: {self.anchors}")
         if not (0 <= self.conf <= 1 and 0 <= self.iou <= 1 and self.max_det >= 1):
             raise ValueError(f"conf {self.conf}, iou {self.iou}, max_det {self.max_det} cannot be")
         for name, value, allowed in (

@@ -16,6 +16,8 @@ MAX_CANDIDATES = 30_000
 """Candidates of one image that enter the greedy pass, best first."""
 _BLOCK = 1024
 """Ranks that the greedy pass looks at together."""
+_SQUARE = 128
+"""Of these, how many are compared each with each."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,14 +104,8 @@ def suppress_ranked(ranked: RankedCandidates, settings: NmsSettings) -> tuple[De
 def rank(candidates: Candidates, settings: NmsSettings) -> RankedCandidates:
     """The candidates that pass, best score first, ties by key."""
     rows, class_ids, scores = _scored(candidates, settings)
-    found = len(scores)
-    if found > MAX_CANDIDATES:
-        # The order of equal scores is that of the index, so the last place is filled from the front.
-        lowest = np.partition(scores, found - MAX_CANDIDATES)[found - MAX_CANDIDATES]
-        above, tied = np.flatnonzero(scores > lowest), np.flatnonzero(scores == lowest)
-        kept = np.sort(np.concatenate((above, tied[: MAX_CANDIDATES - len(above)])))
-        rows, class_ids, scores = rows[kept], class_ids[kept], scores[kept]
-    order = np.argsort(-scores, kind="stable")
+    best = highest(scores, MAX_CANDIDATES)
+    order = best[np.argsort(-scores[best], kind="stable")]
     rows, class_ids = rows[order], class_ids[order]
     num_classes = candidates.decoded.shape[1] - 5
     return RankedCandidates(
@@ -117,8 +113,19 @@ def rank(candidates: Candidates, settings: NmsSettings) -> RankedCandidates:
         scores=scores[order],
         class_ids=class_ids,
         keys=candidates.anchor_index[rows] * num_classes + class_ids,
-        found=found,
+        found=len(scores),
     )
+
+
+def highest(scores: FloatArray, limit: int) -> NDArray[np.int64]:
+    """Indices of the `limit` highest scores, ascending; of equal ones the first ones are taken."""
+    spare = len(scores) - limit
+    if spare <= 0:
+        return np.arange(len(scores))
+    lowest = np.partition(scores, spare)[spare]
+    kept = scores > lowest
+    kept[np.flatnonzero(scores == lowest)[: limit - np.count_nonzero(kept)]] = True
+    return np.flatnonzero(kept)
 
 
 def _scored(candidates: Candidates, settings: NmsSettings) -> tuple[NDArray[np.int64], NDArray[np.int32], FloatArray]:
@@ -142,20 +149,30 @@ def greedy(ranked: RankedCandidates, settings: NmsSettings) -> tuple[NDArray[np.
     """Indices of the candidates kept, in order, and whether `max_det` was met with candidates left.
 
     Block after block of the ranks: where the boxes wanted are found among the first few hundred, the tens of
-    thousands behind them are not looked at.
+    thousands behind them are not looked at. What the survivors before a block leave of it is compared in small
+    squares, each candidate with each.
     """
     suppresses = _suppression(ranked, settings)
-    survivors = np.zeros(0, np.int64)
+    survivors: list[int] = []
     for start in range(0, len(ranked.scores), _BLOCK):
         block = np.arange(start, min(start + _BLOCK, len(ranked.scores)))
-        remaining = block[~suppresses(survivors, block).any(axis=0)]
+        remaining = block[~suppresses(np.array(survivors, np.int64), block).any(axis=0)]
         while len(remaining):
-            if len(survivors) == settings.max_det:
-                return survivors, True
-            best, remaining = remaining[:1], remaining[1:]
-            survivors = np.concatenate((survivors, best))
-            remaining = remaining[~suppresses(best, remaining)[0]]
-    return survivors, False
+            square, remaining = remaining[:_SQUARE], remaining[_SQUARE:]
+            overlaps = suppresses(square, square)
+            alive = np.ones(len(square), bool)
+            first_new = len(survivors)
+            for row, candidate in enumerate(square.tolist()):
+                if not alive[row]:
+                    continue
+                if len(survivors) == settings.max_det:
+                    return np.array(survivors, np.int64), True
+                survivors.append(candidate)
+                alive &= ~overlaps[row]
+            if len(remaining):
+                new = np.array(survivors[first_new:], np.int64)
+                remaining = remaining[~suppresses(new, remaining).any(axis=0)]
+    return np.array(survivors, np.int64), False
 
 
 def _suppression(

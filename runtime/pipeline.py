@@ -259,14 +259,14 @@ class Pipeline:
             found = [finish(*one, letterbox) for one, letterbox in zip(on_canvas, letterboxes, strict=True)]
         else:
             backend = self.plans[plan].backend
-            canvases = np.stack(pixels)
+            canvases = pixels[0][None] if len(pixels) == 1 else np.stack(pixels)
             pixels.clear()
             with self._model_slots:
                 started = time.perf_counter()
                 heads = backend.infer(canvases)
                 modelled = time.perf_counter()
             del canvases
-            found = post_process(heads, backend.spec, nms, letterboxes)
+            found = post_process(heads, backend.spec, nms, letterboxes, self.settings.keep_candidates)
         return found, modelled - started, time.perf_counter() - modelled
 
     def _finisher(self, plan: int) -> FinishingBackend | None:

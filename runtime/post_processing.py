@@ -12,9 +12,9 @@ from parkdet.runtime.candidates import ImageCandidates
 from parkdet.runtime.detections import Detections
 from parkdet.runtime.errors import ArtifactError
 from parkdet.runtime.geometry import FloatArray, Letterbox
-from parkdet.runtime.heads import decode_candidates
 from parkdet.runtime.model_spec import ModelSpec
-from parkdet.runtime.nms import NmsCounts, NmsSettings, RankedCandidates, rank, suppress_ranked
+from parkdet.runtime.nms import NmsCounts, NmsSettings, RankedCandidates, suppress_ranked
+from parkdet.runtime.ranking import rank_heads, suppress_heads
 from parkdet.runtime.shards import CapCounts
 
 
@@ -26,7 +26,7 @@ class ProcessedImage:
     """In image pixels."""
     caps: CapCounts
     ranked: RankedCandidates | None = None
-    """What entered NMS, in canvas pixels; None from a backend that suppresses on its own device."""
+    """What entered NMS, in canvas pixels; None where it was not asked for, or the backend suppresses by itself."""
 
     def kept(
         self, image_id: int, letterbox: Letterbox, nms: NmsSettings, category_ids: NDArray[np.int32]
@@ -44,20 +44,26 @@ class ProcessedImage:
 
 
 def post_process(
-    heads: Sequence[FloatArray], spec: ModelSpec, nms: NmsSettings, letterboxes: Sequence[Letterbox]
+    heads: Sequence[FloatArray],
+    spec: ModelSpec,
+    nms: NmsSettings,
+    letterboxes: Sequence[Letterbox],
+    keep_candidates: bool = False,
 ) -> list[ProcessedImage]:
-    """Each image's detections out of a batch of raw heads, and what was cut off."""
+    """Each image's detections out of a batch of raw heads, what was cut off, and if asked what entered NMS."""
     try:
-        candidates = decode_candidates(heads, spec, nms.conf)
+        if keep_candidates:
+            ranked = rank_heads(heads, spec, nms)
+            return [
+                finish(*suppress_ranked(one, nms), letterbox, one)
+                for one, letterbox in zip(ranked, letterboxes, strict=True)
+            ]
+        found = suppress_heads(heads, spec, nms)
     except ValueError as error:
         raise ArtifactError(
             f"the graph's outputs do not fit its model spec ({error}); run 'parkdet export' again"
         ) from error
-    done = []
-    for of_image, letterbox in zip(candidates, letterboxes, strict=True):
-        ranked = rank(of_image, nms)
-        done.append(finish(*suppress_ranked(ranked, nms), letterbox, ranked))
-    return done
+    return [finish(*one, letterbox) for one, letterbox in zip(found, letterboxes, strict=True)]
 
 
 def finish(

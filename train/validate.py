@@ -17,10 +17,10 @@ from parkdet.runtime.detections import Detections
 from parkdet.runtime.errors import DataError
 from parkdet.runtime.evaluation import Evaluation, evaluate
 from parkdet.runtime.geometry import ImageArray, Letterbox, xyxy_to_cxcywh, xyxy_to_xywh
-from parkdet.runtime.heads import decode_candidates
 from parkdet.runtime.images import read_image
 from parkdet.runtime.model_spec import ModelSpec
-from parkdet.runtime.nms import NmsSettings, suppress
+from parkdet.runtime.nms import NmsSettings
+from parkdet.runtime.ranking import suppress_heads
 from parkdet.runtime.shards import write_atomically
 from parkdet.train.config import ValSettings
 from parkdet.train.data.samples import Sample
@@ -87,9 +87,8 @@ def validate(
                 _, parts = loss(heads, _targets(batch).to(device))
                 sums += parts.cpu() * len(batch)
             seen += len(batch)
-            candidates = decode_candidates([head.cpu().numpy() for head in heads], spec, settings.conf)
-            for (sample, letterbox, _), of_image in zip(batch, candidates, strict=True):
-                detections, _ = suppress(of_image, nms)
+            on_canvas = suppress_heads([head.cpu().numpy() for head in heads], spec, nms)
+            for (sample, letterbox, _), (detections, _) in zip(batch, on_canvas, strict=True):
                 found.append((sample, detections.moved(letterbox.to_image(detections.xyxy))[0]))
     shares = ranks.gather((stopped, found, sums, seen, unreadable))
     if any(share[0] for share in shares):

@@ -136,9 +136,10 @@ def pair_iou(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
     st.booleans(),
     st.sampled_from([1, 5, 300]),
     st.sampled_from([1, 7, 1024]),
+    st.sampled_from([1, 4, 128]),
 )
 def test_suppression_is_the_specifications(
-    seed: int, rows: int, num_classes: int, multi_label: bool, agnostic: bool, max_det: int, block: int
+    seed: int, rows: int, num_classes: int, multi_label: bool, agnostic: bool, max_det: int, block: int, square: int
 ) -> None:
     rng = np.random.default_rng(seed)
     decoded = np.empty((rows, 5 + num_classes), np.float32)
@@ -150,6 +151,7 @@ def test_suppression_is_the_specifications(
     chosen = NmsSettings(conf=0.1, iou=0.45, max_det=max_det, multi_label=multi_label, agnostic=agnostic)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nms, "_BLOCK", block)
+        patch.setattr(nms, "_SQUARE", square)
         found, counts = suppress(Candidates(decoded, np.arange(rows)), chosen)
     expected = brute_force_nms(decoded, 0.1, 0.45, max_det, multi_label, agnostic)
     unlimited = brute_force_nms(decoded, 0.1, 0.45, rows * num_classes + 1, multi_label, agnostic)
