@@ -15,19 +15,24 @@ import numpy as np
 from parkdet.runtime.backends.base import FinishingBackend, Precision, open_backend, refuse_unfit_views
 from parkdet.runtime.canvas_choice import fit_letterbox
 from parkdet.runtime.detections import Detections
+from parkdet.runtime.detector_arguments import (
+    ImageSize,
+    Picture,
+    image_size,
+    nms_settings,
+    pixels_of,
+    refuse_one_for_several,
+    switch,
+)
 from parkdet.runtime.errors import DataError, UsageError
 from parkdet.runtime.geometry import ImageArray, Letterbox
 from parkdet.runtime.images import list_images, read_image
 from parkdet.runtime.loading import ahead
 from parkdet.runtime.model_spec import ModelSpec
-from parkdet.runtime.nms import NmsSettings
 from parkdet.runtime.post_processing import finish, post_process
 
 _READERS = 2
 """Threads that read a folder's images while the model, which has all processors, works on the one before."""
-
-Picture = ImageArray | str | os.PathLike[str]
-"""An image: BGR (h, w, 3) uint8 as OpenCV reads it, or the path of a file."""
 
 
 class Detector:
@@ -53,7 +58,7 @@ class Detector:
         device: str | int | None = None,
         backend: str | None = None,
         precision: Precision | None = None,
-        imgsz: int | None = None,
+        imgsz: ImageSize | None = None,
     ) -> None:
         """Open `path`: an .onnx file, or an OpenVINO .xml file or its folder.
 
@@ -62,23 +67,18 @@ class Detector:
         setting, device or path that cannot be, or for test-time augmentation that the artifact was exported
         without; ArtifactError for a damaged artifact.
         """
-        try:
-            self.nms = NmsSettings(conf=conf, iou=iou, max_det=max_det, multi_label=multi_label, agnostic=agnostic)
-        except ValueError as error:
-            raise UsageError(str(error)) from error
-        except TypeError as error:
-            raise UsageError(f"conf, iou and max_det are numbers, not {conf!r}, {iou!r} and {max_det!r}") from error
-        if imgsz is not None and (not isinstance(imgsz, int) or imgsz < 1):
-            raise UsageError(f"imgsz is the length of the long side, a whole number from 1 on, not {imgsz!r}")
+        self.nms = nms_settings(conf=conf, iou=iou, max_det=max_det, multi_label=multi_label, agnostic=agnostic)
+        size = None if imgsz is None else image_size(imgsz)
+        views = switch("tta", tta)
         self._backend = open_backend(
             path, backend, None if device is None else str(device), goal="latency", precision=precision
         )
         try:
-            refuse_unfit_views(self._backend.spec, tta, path)
+            refuse_unfit_views(self._backend.spec, views, path)
         except UsageError:
             self._backend.close()
             raise
-        self.imgsz = imgsz or self._backend.spec.imgsz
+        self.imgsz = size or self._backend.spec.imgsz
 
     @property
     def spec(self) -> ModelSpec:
@@ -94,9 +94,8 @@ class Detector:
 
         Images of one canvas size run together, as many at once as the backend gains by.
         """
-        if isinstance(images, (str, bytes, os.PathLike)):
-            raise UsageError(f"batch takes several images, not {images!r}: call the detector itself, or .folder")
-        pictures = [_pixels(image) for image in images]
+        refuse_one_for_several(images)
+        pictures = [pixels_of(image) for image in images]
         letterboxes = [fit_letterbox((image.shape[0], image.shape[1]), self.imgsz, self._backend) for image in pictures]
         groups: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
         for index, letterbox in enumerate(letterboxes):
@@ -154,9 +153,21 @@ class Detector:
             on_canvas = backend.detect([pictures[index] for index in indices], onto, self.nms)
             done = [finish(*one, letterbox) for one, letterbox in zip(on_canvas, onto, strict=True)]
         else:
-            canvases = np.stack([letterboxes[index].apply(pictures[index]) for index in indices])
+            canvases = np.stack([self._canvas(pictures[index], letterboxes[index]) for index in indices])
             done = post_process(backend.infer(canvases), self.spec, self.nms, onto)
         return [image.detections for image in done]
+
+    def _canvas(self, image: ImageArray, letterbox: Letterbox) -> ImageArray:
+        import cv2
+
+        try:
+            return letterbox.apply(image)
+        except (cv2.error, MemoryError) as error:
+            (height, width), (canvas_height, canvas_width) = letterbox.image_hw, letterbox.canvas_hw
+            raise DataError(
+                f"an image of {height} x {width} cannot be scaled onto its canvas of {canvas_height} x {canvas_width} "
+                f"({str(error).strip() or 'out of memory'}); imgsz is {self.imgsz}"
+            ) from error
 
 
 def _read(path: Path) -> tuple[Path, ImageArray | DataError]:
@@ -165,32 +176,3 @@ def _read(path: Path) -> tuple[Path, ImageArray | DataError]:
         return path, read_image(path)
     except DataError as error:
         return path, error
-
-
-def _pixels(image: Picture) -> ImageArray:
-    if isinstance(image, (str, os.PathLike)):
-        return read_image(image)
-    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,) and image.size:
-        return image
-    raise UsageError(
-        f"an image is BGR (h, w, 3) uint8 with at least one pixel, or the path of a file, not {_described(image)}"
-    )
-
-
-def _described(wrong: object) -> str:
-    """What was given in an image's place, and how to make an image of it."""
-    if isinstance(wrong, np.ndarray):
-        remedy = ""
-        if wrong.ndim == 2:
-            remedy = "; of a grey one: cv2.cvtColor(image, cv2.COLOR_GRAY2BGR)"
-        elif wrong.ndim == 4:
-            remedy = "; several images go to .batch"
-        return f"{wrong.shape} {wrong.dtype}{remedy}"
-    kind = type(wrong).__name__
-    if isinstance(wrong, (list, tuple)):
-        return f"a {kind}; several images go to .batch"
-    if isinstance(wrong, bytes):
-        return f"{kind}; of a file's: cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)"
-    if hasattr(wrong, "convert") and hasattr(wrong, "getbands"):  # Pillow's
-        return f"a {kind}; of one of Pillow's: np.asarray(image.convert('RGB'))[..., ::-1]"
-    return f"a {kind}"

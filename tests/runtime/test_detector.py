@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -160,11 +162,15 @@ def test_what_cannot_be_is_refused_with_the_remedy(
         Detector(tiny_onnx, device="tpu")
     with pytest.raises(UsageError, match="conf and iou"):
         Detector(tiny_onnx, conf=1.5)
-    for imgsz in (0, (640, 640), 64.0):
-        with pytest.raises(UsageError, match="imgsz"):
-            Detector(tiny_onnx, imgsz=imgsz)  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match=r"numbers, not '0\.3'"):
-        Detector(tiny_onnx, conf="0.3")  # type: ignore[arg-type]
+    wrong: list[tuple[str, Any]] = [
+        *(("imgsz", value) for value in (0, -64, 64.0, True, "64", (), (64, 96), (64, 64, 3), np.float32(64))),
+        *(("max_det", value) for value in (0, 5.5, 5.0, True, "5", None)),
+        *((name, value) for name in ("conf", "iou") for value in ("0.3", None, float("nan"), 1.5, np.zeros(2))),
+        *((name, value) for name in ("multi_label", "agnostic", "tta") for value in ("no", None, 2, 0.0)),
+    ]
+    for name, value in wrong:
+        with pytest.raises(UsageError, match=f"{name}|conf and iou"):
+            Detector(tiny_onnx, **{name: value})
     with pytest.raises(UsageError, match="on cuda:0"):  # as a number, too
         Detector(tiny_onnx, device=0, backend="onnxruntime")
     with pytest.raises(UsageError, match="no such file"):
@@ -172,6 +178,29 @@ def test_what_cannot_be_is_refused_with_the_remedy(
     (tmp_path / "empty.onnx").touch()
     with pytest.raises(ArtifactError, match="zero bytes"):
         Detector(tmp_path / "empty.onnx")
+
+
+def test_numbers_may_be_of_any_kind(tiny_onnx: Path, picture: Picture) -> None:
+    with Detector(tiny_onnx, conf=0.05, iou=0.5, max_det=7, multi_label=True, imgsz=192) as detector:
+        expected = detector(picture(80, 80))
+    sizes: list[Any] = [np.int64(192), np.uint16(192), [192], (192, 192), np.array([192, 192])]
+    for size in sizes:
+        conf, iou = np.float64(0.05), np.array(0.5)
+        many: Any = np.int32(7)
+        with Detector(tiny_onnx, conf=conf, iou=iou, max_det=many, multi_label=np.True_, imgsz=size) as detector:  # type: ignore[arg-type]
+            assert detector.imgsz == 192
+            assert json.loads(json.dumps(dataclasses.asdict(detector.nms)))["max_det"] == 7
+            found = detector(picture(80, 80))
+        assert len(found) == 7
+        assert np.array_equal(found.xyxy, expected.xyxy)
+
+
+def test_a_canvas_that_no_memory_holds_is_told(tiny_onnx: Path, picture: Picture) -> None:
+    with (
+        Detector(tiny_onnx, imgsz=10**9) as detector,
+        pytest.raises(DataError, match=r"9 x 9 cannot be scaled onto its canvas of .*imgsz is 1000000000"),
+    ):
+        detector(picture(9, 9))
 
 
 def test_what_is_no_image_is_refused(tiny_onnx: Path, tmp_path: Path, picture: Picture) -> None:
@@ -187,7 +216,12 @@ def test_what_is_no_image_is_refused(tiny_onnx: Path, tmp_path: Path, picture: P
             (grey, "COLOR_GRAY2BGR"),
             (Image.fromarray(image), r"a Image; of one of Pillow's: np\.asarray"),
             (b"\xff\xd8", r"bytes; .*cv2\.imdecode"),
-            (None, "a NoneType"),
+            (None, r"None, .*cv2\.imread"),
+            (3, "one of type int"),
+            (np.dstack([image, grey]), "COLOR_BGRA2BGR"),
+            (image.transpose(2, 0, 1)[:, :4], r"image\.transpose"),
+            (image / 255, r"image \* 255"),
+            (image.astype(np.uint16), "image / 257"),
         ]
         for wrong, remedy in other:
             with pytest.raises(UsageError, match=remedy):
@@ -195,6 +229,8 @@ def test_what_is_no_image_is_refused(tiny_onnx: Path, tmp_path: Path, picture: P
         for one in ("a.png", tmp_path / "a.png"):
             with pytest.raises(UsageError, match=r"batch takes several images.*a\.png"):
                 detector.batch(one)  # type: ignore[arg-type]
+        with pytest.raises(UsageError, match=r"several images, not one of \(9, 9, 3\)"):
+            detector.batch(image)
         with pytest.raises(DataError, match="does not exist"):
             detector(tmp_path / "none.png")
         with pytest.raises(UsageError, match="holds no images"):
