@@ -8,8 +8,10 @@ of a core, those that the results do not tell some 12 s; of the 3,977 of them, a
 
 from __future__ import annotations
 
+import math
 import random
 import re
+import resource
 import shutil
 import sys
 import tempfile
@@ -35,22 +37,31 @@ from tests.gpu_free.kernels.mutation import FILES, Mutant, mutants
 from tests.gpu_free.kernels.simulation import HERE, KERNELS, CompileError, case_runner, run_cases
 
 SURVIVORS = HERE / "survivors.toml"
-SECONDS = {"": 8, "address": 20, "thread": 60}
-"""CPU seconds after which a run over the cases hangs: several times what it takes."""
+SANITIZED = ("", "address", "thread")
+"""What the kernels are compiled with, in the order in which mutants meet it."""
+PATIENCE = 6
+"""A mutant hangs when it takes so many times the CPU time of the kernels as they are, on this machine, at this hour."""
+LEAST_SECONDS = 8
 
 
-def known_survivors() -> dict[tuple[str, str, str], str]:
-    """(file, line, changed line) -> the proof that the change is none."""
+Change = tuple[str, str, str, str]
+"""File, function, line, changed line: what a mutant is known by when the sources move. A line may be there twice."""
+_FUNCTION = re.compile(r"^__(?:device|global)__ [^{;]*?\b(\w+)\([^()]*\) \{", re.MULTILINE)
+
+
+def known_survivors() -> dict[Change, str]:
+    """The proof that a change is none."""
     known = {}
     for group in tomllib.loads(SURVIVORS.read_text(encoding="utf-8")).get("proof", []):
-        for line, becomes in group["changes"]:
-            known[group["file"], line, becomes] = group["because"]
+        for function, line, becomes in group["changes"]:
+            known[group["file"], function, line, becomes] = group["because"]
     return known
 
 
-def identity(mutant: Mutant, text: str) -> tuple[str, str, str]:
-    """What a survivor is known by in survivors.toml."""
-    return mutant.file, mutant.before(text), mutant.after(text)
+def identity(mutant: Mutant, text: str) -> Change:
+    """What the mutant is known by in survivors.toml."""
+    above = _FUNCTION.findall(text, 0, mutant.start)
+    return mutant.file, above[-1] if above else "", mutant.before(text), mutant.after(text)
 
 
 class Laboratory:
@@ -59,12 +70,26 @@ class Laboratory:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.texts = {file: (KERNELS / file).read_text() for file in FILES}
+        self.limits: dict[tuple[str, str], int] = {}
+        """CPU seconds by file and sanitizer."""
         self.cases: dict[tuple[str, str], Path] = {}
         kinds = {"nms.cuh": NmsCase | SigmoidCase, "letterbox.cuh": LetterboxCase}
         for sanitizer, cases in (("", all_cases()), ("address", short_cases()), ("thread", [*thread_cases()])):
             for file, kind in kinds.items():
                 self.cases[file, sanitizer] = folder / f"{file}-{sanitizer}"
                 write_cases(self.cases[file, sanitizer], [case for case in cases if isinstance(case, kind)])
+
+    def set_limit(self, file: str, sanitizer: str) -> None:
+        """Measure the kernels as they are. ClickException when their own cases say that something is wrong."""
+        runner = case_runner(sanitizer=sanitizer)
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        if found := run_cases(runner, self.cases[file, sanitizer], 600):
+            raise click.ClickException(
+                f"{file} as it is fails ({sanitizer or 'cases'}: {found}): mutants would say nothing"
+            )
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        self.limits[file, sanitizer] = max(LEAST_SECONDS, math.ceil(PATIENCE * seconds))
 
     def judge(self, mutant: Mutant, sanitizer: str) -> str:
         """How the mutant was found out; `not compiled`; or nothing, if it was not."""
@@ -78,14 +103,16 @@ class Laboratory:
             except CompileError:
                 return "not compiled"
             try:
-                found = run_cases(runner, self.cases[mutant.file, sanitizer], SECONDS[sanitizer])
+                found = run_cases(runner, self.cases[mutant.file, sanitizer], self.limits[mutant.file, sanitizer])
             finally:
                 runner.unlink(missing_ok=True)
         return f"{sanitizer or 'cases'}: {found.splitlines()[0]}" if found else ""
 
     def verdicts(self, chosen: Sequence[Mutant], sanitize: bool, jobs: int) -> Iterator[tuple[Mutant, str]]:
         """What became of each, those first that the results tell."""
-        for sanitizer in SECONDS if sanitize else [""]:
+        for sanitizer in SANITIZED if sanitize else SANITIZED[:1]:
+            for file in sorted({mutant.file for mutant in chosen}):
+                self.set_limit(file, sanitizer)
             survivors = []
             with ThreadPoolExecutor(jobs) as pool:
                 found = pool.map(self.judge, chosen, [sanitizer] * len(chosen))
@@ -118,6 +145,7 @@ def main(sample: int | None, seed: int, only: str, jobs: int, sanitize: bool, re
 
         chosen = [mutant for mutant in mutants(KERNELS) if re.search(only, describe(mutant))]
         if sample is not None:
+            click.echo(f"drawn with --sample {sample} --seed {seed}")
             chosen = random.Random(seed).sample(chosen, min(sample, len(chosen)))
         tally: Counter[str] = Counter()
         lines: list[str] = []
