@@ -106,16 +106,9 @@ class Letterbox:
 
     def apply(self, image: ImageArray) -> ImageArray:
         """Canvas (H, W, C) uint8 of an image (h, w, C) uint8: area averaging to shrink, linear to enlarge."""
-        import cv2
-
         if image.shape[:2] != self.image_hw:
             raise ValueError(f"this letterbox is for an image of {self.image_hw}, not of {image.shape[:2]}")
-        resized = image
-        if self.resized_hw != self.image_hw:
-            shrinks = max(self.resized_hw) < max(self.image_hw)
-            method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-            resized = np.asarray(cv2.resize(image, self.resized_hw[::-1], interpolation=method), dtype=np.uint8)
-            resized = resized.reshape(*self.resized_hw, *image.shape[2:])  # cv2 drops a single channel's axis
+        resized = image if self.resized_hw == self.image_hw else _resized(image, self.resized_hw)
         canvas = np.full((*self.canvas_hw, *image.shape[2:]), PAD_VALUE, dtype=np.uint8)
         canvas[self.top : self.top + self.resized_hw[0], self.left : self.left + self.resized_hw[1]] = resized
         return canvas
@@ -147,3 +140,16 @@ class Letterbox:
 
     def _offset(self) -> FloatArray:
         return np.array([self.left, self.top, self.left, self.top], np.float32)
+
+
+def _resized(image: ImageArray, hw: tuple[int, int]) -> ImageArray:
+    import cv2
+
+    from parkdet.runtime.shrinking import shrink_by_a_part
+
+    shrinks = max(hw) < max(image.shape[:2])
+    if shrinks and (small := shrink_by_a_part(image, hw)) is not None:
+        return small
+    method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    resized = np.asarray(cv2.resize(image, hw[::-1], interpolation=method), dtype=np.uint8)
+    return resized.reshape(*hw, *image.shape[2:])  # cv2 drops a single channel's axis
