@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +38,12 @@ def check_submission(
     Raises UsageError where there is no such file.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UsageError(f"{path}: no such file")
+    require_file(path)
     size_bytes = path.stat().st_size
     tally = Tally()
     rules = _ValueRules(image_ids, category_ids, image_sizes, 10.0**-bbox_decimals, tally)
     entry_count = 0
-    with Spill(8, slice(1, 8)) as spill, no_garbage_collection():
-        repeats = _Repeats(spill)
+    with _Repeats() as repeats, no_garbage_collection():
         try:
             for entries in json_blocks(path, len(keys)):
                 columns = entry_columns(entries, entry_count, keys, tally)
@@ -61,6 +59,14 @@ def check_submission(
     if size_bytes >= limit_bytes:
         tally.add(Kind.TOO_LARGE, [f"{size_bytes:,} bytes, limit {limit_bytes:,}"])
     return CheckReport(path=path, entry_count=entry_count, size_bytes=size_bytes, findings=tally.findings())
+
+
+def require_file(path: Path) -> None:
+    """Raises UsageError where there is no file to read."""
+    if not path.exists():
+        raise UsageError(f"{path}: no such file")
+    if not path.is_file():
+        raise UsageError(f"{path}: is not a file; name a submission's JSON file")
 
 
 @contextmanager
@@ -119,7 +125,10 @@ class _ValueRules:
         infinite = (~np.isfinite(xywh)).any(axis=1)
         self._mark(Kind.NOT_FINITE, infinite, indices, "bbox", xywh)
         xywh, indices, image_wh = xywh[~infinite], indices[~infinite], image_wh[~infinite]
-        self._mark(Kind.NO_AREA, (xywh[:, 2:] <= 0).any(axis=1), indices, "bbox", xywh)
+        # The product too: that of two tiny sides is 0.
+        with np.errstate(over="ignore", under="ignore"):
+            no_area = (xywh[:, 2:] <= 0).any(axis=1) | (xywh[:, 2] * xywh[:, 3] == 0)
+        self._mark(Kind.NO_AREA, no_area, indices, "bbox", xywh)
         # Besides the step of the text, the last place of a float32 as large as the image: writers take
         # w as the difference of two float32.
         finest = np.where(np.isfinite(image_wh), image_wh, 0) * 2.0**-22
@@ -148,12 +157,22 @@ class _ValueRules:
         self._tally.add(kind, examples, len(rows))
 
 
-class _Repeats:
+class _Repeats(ExitStack):
     """Finds detections that were there before, by all their numbers."""
 
-    def __init__(self, spill: Spill) -> None:
-        """`spill`: of rows of an index and seven numbers, grouped by the latter."""
-        self._spill = spill
+    def __init__(self) -> None:
+        super().__init__()
+        # Rows of an index and seven numbers, grouped by the latter.
+        self._spill = self.enter_context(Spill(8, slice(1, 8), self._thinned))
+        self._left_out = 0
+
+    def _thinned(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Of each detection the first rows of a block: one that may be no repeat, and the examples that it may give."""
+        table = pl.DataFrame({str(number): rows[:, number] for number in range(1, 8)})
+        rank = table.select(rank=pl.int_range(pl.len()).over(table.columns)).to_series().to_numpy()
+        kept = rows[rank <= EXAMPLES]
+        self._left_out += len(rows) - len(kept)
+        return kept
 
     def remember(self, columns: EntryColumns) -> None:
         rows = np.zeros((len(columns), 8), np.int64)
@@ -187,5 +206,6 @@ class _Repeats:
             pairs = np.column_stack((ordered[again, 0], ordered[first[again], 0]))
             count += len(pairs)
             found = sorted(found + [(int(one), int(other)) for one, other in pairs[np.argsort(pairs[:, 0])][:EXAMPLES]])
+        count += self._left_out
         if count:
             tally.add(Kind.REPEATED, [f"[{one}] is [{other}] again" for one, other in found[:EXAMPLES]], count)

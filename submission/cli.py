@@ -77,6 +77,7 @@ def submit(
     compared files differ.
     """
     from parkdet.runtime.contest import ContestData
+    from parkdet.submission.check import require_file
     from parkdet.submission.expected import Expected
     from parkdet.submission.merge import MergeSettings
     from parkdet.submission.tune import parse_metric
@@ -95,8 +96,8 @@ def submit(
     limit_bytes = parse_size(limit)
     parse_metric(metric)
     merge = MergeSettings(method=method, iou=merge_iou, weights=_numbers(merge_weights))
-    if checked is not None and not checked.is_file():
-        raise UsageError(f"{checked}: no such file")
+    if checked is not None:
+        require_file(checked)
     for run in (*predictions, *tune):
         if not run.is_dir():
             raise UsageError(f"{run}: no such folder; name the run folder of 'parkdet infer'")

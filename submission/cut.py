@@ -90,7 +90,7 @@ def fit(
     out of range, or a number is not finite.
     """
     form = SubmissionFormat(keys=tuple(keys), bbox_decimals=bbox_decimals, score_decimals=score_decimals)
-    return _fit_once(lambda: [table], limit_bytes, form, prices, distinct=False)
+    return _fit_once(lambda: [table], limit_bytes, form, prices, distinct=False)[0]
 
 
 def fit_distinct(
@@ -112,10 +112,11 @@ def fit_batches(batches: Batches, limit_bytes: int, form: SubmissionFormat, pric
 
     Rows are numbered through all parts, so the outcome is that of the whole table.
     """
-    fitted = _fit_once(batches, limit_bytes, form, prices, distinct=False)
-    if without_repeats(fitted.kept, form).height == fitted.kept_count:
+    fitted, tried = _fit_once(batches, limit_bytes, form, prices, distinct=False)
+    # The first that no longer fits too: where it is a repeat, a shorter line behind it may fit.
+    if without_repeats(tried, form).height == tried.height:
         return fitted
-    return _fit_once(batches, limit_bytes, form, prices, distinct=True)
+    return _fit_once(batches, limit_bytes, form, prices, distinct=True)[0]
 
 
 def has_area(table: pl.DataFrame, form: SubmissionFormat) -> NDArray[np.bool_]:
@@ -148,7 +149,10 @@ def without_repeats(table: pl.DataFrame, form: SubmissionFormat) -> pl.DataFrame
     return table[first["place"].sort()]
 
 
-def _fit_once(batches: Batches, limit_bytes: int, form: SubmissionFormat, prices: Prices | None, distinct: bool) -> Fit:
+def _fit_once(
+    batches: Batches, limit_bytes: int, form: SubmissionFormat, prices: Prices | None, distinct: bool
+) -> tuple[Fit, pl.DataFrame]:
+    """The cut; and what was tried for it: the detections kept and, where one is left out, the first of those."""
     if limit_bytes <= BRACKETS_BYTES:
         raise GateError(
             f"a limit of {limit_bytes} bytes is too small: an empty list takes {BRACKETS_BYTES} bytes and "
@@ -167,7 +171,7 @@ def _fit_once(batches: Batches, limit_bytes: int, form: SubmissionFormat, prices
         tied_kept_count = int(at_it[:count].sum())
     kept = ordered[:count].sort(["image_id", "score", "category_id", _ROW], descending=[False, True, False, False])
     cut_with_prices = prices is not None and count < best.usable_count
-    return Fit(
+    fitted = Fit(
         threshold=threshold,
         class_thresholds=prices.thresholds(level, threshold) if prices is not None and cut_with_prices else {},
         kept=kept.drop(_ROW, _LEVEL),
@@ -182,6 +186,7 @@ def _fit_once(batches: Batches, limit_bytes: int, form: SubmissionFormat, prices
         tied_count=tied_count,
         tied_kept_count=tied_kept_count,
     )
+    return fitted, ordered[: count + 1]
 
 
 class _Best:

@@ -6,6 +6,7 @@ looked at, to say what is wrong with it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -79,6 +80,8 @@ def _values(entries: Sequence[Any], keys: Sequence[str]) -> dict[str, NDArray[An
         values["bbox"] = [*chain.from_iterable(values.get("bbox", ()))]
         if not _NUMBER.issuperset(map(type, values["bbox"])):
             return None
+        if not all(map(_holds_finite, filter(None, values.get("segmentation", ())))):
+            return None
         return {
             key: np.array(values[key], np.int64 if key in _UNKNOWN_ID else np.float64)
             for key in ("image_id", "category_id", "bbox", "score")
@@ -110,17 +113,36 @@ def _faults(entry: Any, keys: Sequence[str]) -> Iterator[tuple[Kind, str]]:
         if key not in entry:
             yield Kind.KEY_MISSING, f"has no {key}"
     for key, value in entry.items():
-        if key not in keys:
+        if key in keys:
+            yield from _value_faults(key, value)
+        else:
             yield Kind.KEY_UNKNOWN, f"has {_short(key)}"
-        elif type(value) not in _TYPES[key]:
-            yield Kind.WRONG_TYPE, f"{key} is {_short(value)}"
-        elif key in _UNKNOWN_ID:
-            if not -(2**63) <= value < 2**63:
-                yield _UNKNOWN_ID[key], f"{key} {_short(value)}"
-        elif key == "bbox" and (len(value) != 4 or not _NUMBER.issuperset(map(type, value))):
-            yield Kind.WRONG_TYPE, f"bbox is {_short(value)}, not four numbers"
-        elif key != "segmentation" and not all(map(_is_float64, value if key == "bbox" else [value])):
+
+
+def _value_faults(key: str, value: Any) -> Iterator[tuple[Kind, str]]:
+    if type(value) not in _TYPES[key]:
+        yield Kind.WRONG_TYPE, f"{key} is {_short(value)}"
+    elif key in _UNKNOWN_ID:
+        if not -(2**63) <= value < 2**63:
+            yield _UNKNOWN_ID[key], f"{key} {_short(value)}"
+    elif key == "bbox" and (len(value) != 4 or not _NUMBER.issuperset(map(type, value))):
+        yield Kind.WRONG_TYPE, f"bbox is {_short(value)}, not four numbers"
+    elif key == "segmentation":
+        if not _holds_finite(value):
             yield Kind.NOT_FINITE, f"{key} is {_short(value)}"
+    elif not all(map(_is_float64, value if key == "bbox" else [value])):
+        yield Kind.NOT_FINITE, f"{key} is {_short(value)}"
+
+
+def _holds_finite(value: Any) -> bool:
+    """Whether no number in a JSON value, however nested, is NaN or infinite: no JSON parser need read these."""
+    inside = [value]
+    for part in inside:
+        if isinstance(part, list):
+            inside.extend(part)
+        elif isinstance(part, dict):
+            inside.extend(part.values())
+    return all(map(math.isfinite, (part for part in inside if isinstance(part, float))))
 
 
 def _is_float64(number: float) -> bool:

@@ -16,8 +16,18 @@ from typing import Any, BinaryIO
 ENTRY_LIMIT = 1 << 20
 """Characters of the longest entry that is read; what is longer is no detection."""
 
+_FOREIGN = {
+    b"\x1f\x8b": "it is compressed with gzip; unpack it",
+    b"PK\x03\x04": "it is a zip archive; unpack it",
+    b"\xef\xbb\xbf": "it begins with a byte order mark, at which JSON parsers stop; save it as UTF-8 without one",
+    b"\xff\xfe": "it is UTF-16 or UTF-32; save it as UTF-8",
+    b"\xfe\xff": "it is UTF-16; save it as UTF-8",
+}
+"""First bytes of what is handed in by mistake."""
+
 _WHITESPACE = re.compile(r"[ \t\n\r]*")
 _SINGLE_ENTRIES = 10_000
+_MOST_DIGITS = 4000
 
 
 class BadJson(Exception):  # noqa: N818 - a finding about a file, not an error of this program
@@ -40,6 +50,11 @@ def json_blocks(path: Path, key_count: int) -> Iterator[list[Any]]:
     entries before that point have been given out by then.
     """
     with path.open("rb") as file:
+        head = file.read(4)
+        for signature, what in _FOREIGN.items():
+            if head.startswith(signature):
+                raise BadJson(what)
+        file.seek(0)
         yield from _Reader(file, key_count).blocks()
 
 
@@ -48,9 +63,14 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return decoded if len(decoded) == len(pairs) else RepeatedKeys(pairs)
 
 
+def _integer(digits: str) -> int | float:
+    """Python reads no integer of more than some thousand digits; beyond any float64 they all are."""
+    return int(digits) if len(digits) <= _MOST_DIGITS else float(digits)
+
+
 # The first is three times as fast and loses repeated keys: the count of colons betrays them.
 _FAST = json.JSONDecoder()
-_EXACT = json.JSONDecoder(object_pairs_hook=_object)
+_EXACT = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer)
 
 
 class _Reader:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from types import TracebackType
 from typing import IO, Self
@@ -11,6 +11,8 @@ from typing import IO, Self
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
+
+Rows = NDArray[np.int64]
 
 IN_MEMORY = 500_000
 """Rows up to which nothing is written to the disk."""
@@ -25,11 +27,14 @@ class Spill:
     there: whatever happens, nothing of them stays.
     """
 
-    def __init__(self, columns: int, key: slice) -> None:
-        """`key`: the columns by which rows belong together."""
+    def __init__(self, columns: int, key: slice, thin: Callable[[Rows], Rows] | None = None) -> None:
+        """`key`: the columns by which rows belong together. `thin` may leave out some of a block's rows before they go
+        to the disk: a file of one entry over and over makes one part of all its rows.
+        """
         self._columns = columns
         self._key = key
-        self._blocks: list[NDArray[np.int64]] = []
+        self._thin = thin
+        self._blocks: list[Rows] = []
         self._rows = 0
         self._files: list[IO[bytes]] = []
         self._stack = ExitStack()
@@ -45,14 +50,14 @@ class Spill:
     ) -> None:
         self._stack.close()
 
-    def add(self, rows: NDArray[np.int64]) -> None:
+    def add(self, rows: Rows) -> None:
         """More rows. OSError where they do not fit on the disk."""
         self._blocks.append(rows)
         self._rows += len(rows)
         if self._rows > IN_MEMORY:
             self._write_out()
 
-    def parts(self) -> Iterator[NDArray[np.int64]]:
+    def parts(self) -> Iterator[Rows]:
         """All rows, each once, in the order in which they came within a part."""
         if not self._files:
             yield np.concatenate([np.zeros((0, self._columns), np.int64), *self._blocks])
@@ -65,6 +70,8 @@ class Spill:
 
     def _write_out(self) -> None:
         rows = np.concatenate(self._blocks)
+        if self._thin is not None:
+            rows = self._thin(rows)
         self._blocks, self._rows = [], 0
         key = rows[:, self._key]
         table = pl.DataFrame({str(number): key[:, number] for number in range(key.shape[1])})
@@ -85,11 +92,11 @@ def _nameless() -> IO[bytes]:
     return tempfile.TemporaryFile()
 
 
-def bits(values: NDArray[np.float64]) -> NDArray[np.int64]:
+def bits(values: NDArray[np.float64]) -> Rows:
     """Floats as integers that are equal where the numbers are: -0 is 0, and NaN is NaN."""
     return np.where(np.isnan(values), np.nan, values + 0.0).view(np.int64)
 
 
-def floats(values: NDArray[np.int64]) -> NDArray[np.float64]:
+def floats(values: Rows) -> NDArray[np.float64]:
     """The numbers of `bits`."""
     return np.ascontiguousarray(values).view(np.float64)

@@ -55,6 +55,8 @@ def test_a_sound_file_is_accepted_however_it_is_laid_out(check: Check) -> None:
 def test_a_file_that_is_not_there_is_a_mistake_of_the_user(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such file"):
         check_submission(tmp_path / "none.json", IMAGES, (1,), IMAGES, 100)
+    with pytest.raises(UsageError, match="is not a file"):
+        check_submission(tmp_path, IMAGES, (1,), IMAGES, 100)
 
 
 def without(key: str) -> dict[str, Any]:
@@ -103,7 +105,10 @@ def without(key: str) -> dict[str, Any]:
         ({**GOOD, "bbox": [float("nan"), 1, 2, 3]}, Kind.NOT_FINITE),
         ({**GOOD, "bbox": [1, 1, 2, float("-inf")]}, Kind.NOT_FINITE),
         ({**GOOD, "bbox": [1, 1, 2, 10**400]}, Kind.NOT_FINITE),
+        ({**GOOD, "segmentation": [float("nan")]}, Kind.NOT_FINITE),
+        ({**GOOD, "segmentation": [[1, {"a": [float("inf")]}]]}, Kind.NOT_FINITE),
         ({**GOOD, "bbox": [1, 1, 0, 3]}, Kind.NO_AREA),
+        ({**GOOD, "bbox": [1, 1, 1e-200, 1e-200]}, Kind.NO_AREA),
         ({**GOOD, "bbox": [1, 1, 3, 0.0]}, Kind.NO_AREA),
         ({**GOOD, "bbox": [10, 1, -3, 5]}, Kind.NO_AREA),
         ({**GOOD, "bbox": [-0.2, 1, 3, 5]}, Kind.OUT_OF_IMAGE),
@@ -176,6 +181,12 @@ def test_what_is_no_json_list_is_found(check: Check, text: str, kind: Kind) -> N
     assert kinds(check(text)) == {kind: 1}
 
 
+def test_an_integer_without_end_is_one_fault_among_others(check: Check) -> None:
+    text = json.dumps([GOOD, OTHER, {**GOOD, "score": 7}]).replace(": 0.5", ": -" + "1" * 10_000, 1)
+    report = check(text)
+    assert (report.entry_count, kinds(report)) == (3, {Kind.NOT_FINITE: 1, Kind.SCORE_RANGE: 1})
+
+
 def test_a_key_twice_in_an_entry_is_found(check: Check) -> None:
     text = json.dumps([GOOD, OTHER]).replace('"score": 0.5', '"score": 0.5, "score": 0.6', 1)
     assert kinds(check(text)) == {Kind.KEY_REPEATED: 1}
@@ -222,19 +233,23 @@ def test_repeats_are_found_in_a_file_that_is_too_long_for_memory(check: Check, m
     assert report.findings[0].examples == ("[20] is [12] again", "[15000] is [500] again", "[29999] is [12] again")
 
 
-def test_memory_does_not_grow_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("distinct", [10**9, 1])
+def test_memory_does_not_grow_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, distinct: int) -> None:
     monkeypatch.setattr(spill, "IN_MEMORY", 20_000)
 
     def peak(count: int) -> int:
         path = tmp_path / f"{count}.json"
-        lines = (json.dumps({**OTHER, "bbox": [n % 1900, n // 1900, 2, 2]}) for n in range(count))
+        numbers = (n % distinct for n in range(count))
+        lines = (json.dumps({**OTHER, "bbox": [n % 1900, n // 1900, 2, 2]}) for n in numbers)
         path.write_text("[" + ",".join(lines) + "]")
         tracemalloc.start()
         report = check_submission(path, IMAGES, (1,), IMAGES, 10**9)
         memory = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert report.findings == ()
+        repeats = max(0, count - distinct)
+        assert kinds(report) == ({Kind.REPEATED: repeats} if repeats else {})
         return memory
 
     # 110 bytes an entry in the file, some 300 as objects, 64 as what is remembered of it, on the disk.
-    assert peak(120_000) - peak(40_000) < 80_000 * 40
+    most = 120_000 if distinct > 1 else 300_000
+    assert peak(most) - peak(40_000) < (most - 40_000) * 40

@@ -242,6 +242,15 @@ def test_detections_written_alike_go_in_once(make_table: Table) -> None:
     assert fit_distinct(make_table(other), 1000).repeated_count == 0
 
 
+def test_a_repeat_that_no_longer_fits_is_not_where_the_cut_ends(make_table: Table, naive_file: Naive) -> None:
+    long, short = (1000, 14, 100.1, 100.1, 20.5, 20.5, 0.91234), (1, 1, 1, 1, 2, 2, 0.5)
+    table = make_table([long, long, short, short])
+    size = len(naive_file(make_table([long, short])))
+    outcome = fit_distinct(table, size + 1)
+    assert sorted(outcome.kept["score"].to_list()) == sorted(make_table([long, short])["score"].to_list())
+    assert (outcome.size_bytes, outcome.repeated_count, outcome.cut_count, outcome.threshold) == (size, 2, 0, 0)
+
+
 def test_the_room_of_repeated_detections_goes_to_others(random_table: Table) -> None:
     table = random_table(200, images=20)
     twice = pl.concat([table, table])
@@ -310,7 +319,7 @@ def test_prices_come_before_scores(
     order = sorted(taken_in_order(table), key=lambda row: -price(row))  # stable: then as without prices
     table_of = [[row[c] for c in COLUMNS] for row in order]
     fitting = [n for n in range(len(order) + 1) if len(naive_file(make_table(table_of[:n]))) < limit]
-    outcome = _fit_once(in_parts(table, part), limit, SubmissionFormat(), prices, distinct=False)
+    outcome, _ = _fit_once(in_parts(table, part), limit, SubmissionFormat(), prices, distinct=False)
     assert outcome.kept.sort(COLUMNS).equals(make_table(table_of[: max(fitting)]).sort(COLUMNS))
     assert outcome.size_bytes == len(naive_file(outcome.kept)) < limit
     for category_id, threshold in outcome.class_thresholds.items():
