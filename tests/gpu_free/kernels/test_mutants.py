@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 
 import pytest
@@ -38,6 +39,8 @@ def commits_seed() -> str:
     """PARKDET_MUTANT_SEED, or the commit's: each tries other mutants, and fails again when it is run again."""
     if asked := os.environ.get("PARKDET_MUTANT_SEED"):
         return asked
+    if shutil.which("git") is None:
+        return "0"
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     return str(int(head.stdout[:8], 16)) if head.returncode == 0 else "0"
 
