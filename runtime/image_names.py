@@ -19,6 +19,8 @@ from parkdet.runtime.errors import DataError
 
 IMAGE_EXTENSIONS = frozenset((".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".webp"))
 """Endings, in lower case, of the formats that parkdet reads."""
+OTHER_IMAGE_EXTENSIONS = frozenset((".tif", ".tiff", ".gif", ".mpo", ".jp2", ".heic", ".heif", ".avif", ".dng", ".pfm"))
+"""Endings under which a user has images all the same: in a folder they are told as unreadable, not passed over."""
 
 
 class Match(StrEnum):

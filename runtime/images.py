@@ -10,7 +10,7 @@ import numpy as np
 from parkdet.runtime.errors import DataError, UsageError
 from parkdet.runtime.geometry import ImageArray
 from parkdet.runtime.image_headers import ImageHeader, read_header
-from parkdet.runtime.image_names import IMAGE_EXTENSIONS
+from parkdet.runtime.image_names import IMAGE_EXTENSIONS, OTHER_IMAGE_EXTENSIONS
 
 MAX_PIXELS = 500_000_000
 """Width times height above which an image is refused before it is decoded: 1.5 GB as BGR."""
@@ -81,7 +81,8 @@ def reduction(image_hw: tuple[int, int], least_hw: tuple[int, int]) -> int:
 def list_images(source: str | os.PathLike[str]) -> list[Path]:
     """The images directly in a folder, by suffix, sorted by name; or the one file that `source` names.
 
-    Hidden files are none: macOS puts a `._a.jpg` beside a.jpg on foreign disks.
+    Those of formats that parkdet does not read are among them, so that none is lost without a word. Hidden files are
+    none: macOS puts a `._a.jpg` beside a.jpg on foreign disks.
     UsageError when the path does not exist or the folder holds no image.
     """
     path = Path(source)
@@ -93,7 +94,9 @@ def list_images(source: str | os.PathLike[str]) -> list[Path]:
         (
             entry
             for entry in path.iterdir()
-            if entry.suffix.lower() in IMAGE_EXTENSIONS and not entry.name.startswith(".") and not entry.is_dir()
+            if entry.suffix.lower() in IMAGE_EXTENSIONS | OTHER_IMAGE_EXTENSIONS
+            and not entry.name.startswith(".")
+            and not entry.is_dir()
         ),
         key=lambda entry: entry.name,
     )

@@ -180,6 +180,17 @@ def test_a_folder_lists_its_images_by_name(tmp_path: Path) -> None:
     assert list_images(tmp_path / "a.jpg") == [tmp_path / "a.jpg"]
 
 
+def test_images_of_other_formats_are_listed_so_that_they_are_told(tmp_path: Path) -> None:
+    for name in ("scan.TIFF", "moving.gif"):
+        Image.new("RGB", (9, 9)).save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no image")
+    found = list_images(tmp_path)
+    assert [path.name for path in found] == ["moving.gif", "scan.TIFF"]
+    for path in found:
+        with pytest.raises(DataError, match="is not a PNG, JPEG, BMP or WebP image"):
+            read_image(path)
+
+
 def test_decoders_do_not_write_to_the_terminal_and_everything_else_does(tmp_path: Path, picture: Picture) -> None:
     profile = io.BytesIO()
     Image.fromarray(picture(20, 20)).save(profile, "PNG", icc_profile=b"\0" * 200)
