@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import orjson
+
 ENTRY_LIMIT = 1 << 20
 """Characters of the longest entry that is read; what is longer is no detection."""
 
@@ -68,8 +70,6 @@ def _integer(digits: str) -> int | float:
     return int(digits) if len(digits) <= _MOST_DIGITS else float(digits)
 
 
-# The first is three times as fast and loses repeated keys: the count of colons betrays them.
-_FAST = json.JSONDecoder()
 _EXACT = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer)
 
 
@@ -125,8 +125,9 @@ class _Reader:
             return []
         block = self._text[self._position : end]
         try:
-            # Text that is a whole list once in brackets cannot have been cut within an entry.
-            entries: list[Any] = _FAST.decode(f"[{block}]")
+            # Text that is a whole list once in brackets cannot have been cut within an entry. orjson is ten times as
+            # fast as the exact reading and loses repeated keys: the count of colons betrays them.
+            entries: list[Any] = orjson.loads(f"[{block}]")
         except (ValueError, RecursionError):
             entries = []
         if self._is_plain(entries, block):
