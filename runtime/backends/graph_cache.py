@@ -47,7 +47,8 @@ class GraphCache:
         """What `store` kept, its weights mapped, after a check that it is whole; None where there is nothing sound."""
         try:
             kept = (self.place / _CHECKSUM).read_text()
-            os.utime(self.place)
+            with suppress(OSError):  # a folder that may only be read
+                os.utime(self.place)
             if kept == _checksum(self.place):
                 return core.read_model(self.place / _GRAPH)
         except FileNotFoundError:
