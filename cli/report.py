@@ -159,7 +159,7 @@ def _as_if_submitted(run: PredictionRun, names: Mapping[int, str]) -> Submission
 
 def _truth(asked: _Asked, run: PredictionRun, data: ContestData | None) -> dict[str, Any] | None:
     """COCO truth of the run's images, where there is any."""
-    from parkdet.submission.truth import truth_of
+    from parkdet.submission.truth import part_of, truth_of
 
     if asked.truth is not None:
         try:
@@ -171,13 +171,7 @@ def _truth(asked: _Asked, run: PredictionRun, data: ContestData | None) -> dict[
         if not isinstance(document, dict):
             raise UsageError(f"{asked.truth}: is not a COCO truth; it must hold 'images' and 'annotations'")
         return document
-    if data is None or not data.train_json.is_file():
-        return None
-    labelled = {record.image_id for record in data.train_labels().records}
-    listed = {record.image_id for record in data.test_images()} if data.test_json.is_file() else set()
-    # Ids of the two parts may be the same numbers: a run over the test images has no truth there.
-    is_test = run.covered <= listed and run.fingerprint.get("images") == len(listed)
-    if is_test or not run.covered or not run.covered <= labelled:
+    if data is None or not run.covered or part_of(run, data) != "train":
         return None
     return truth_of(data, run.covered, str(run.folder))
 
@@ -207,11 +201,10 @@ def _pictures(
     from parkdet.runtime.geometry import xywh_to_xyxy
     from parkdet.runtime.images import read_image
     from parkdet.runtime.pictures import draw_detections
+    from parkdet.submission.truth import part_of, records_of
 
-    # The same id may stand in both parts of the data set: only the part that holds all of the run is meant.
-    parts = [data.train_labels().records] if truth is not None and data.train_json.is_file() else []
-    parts += [data.test_images()] if data.test_json.is_file() else []
-    records = next((part for part in parts if run.covered <= {record.image_id for record in part}), ())
+    part = part_of(run, data)
+    records = records_of(part, data) if part is not None else ()
     class_of = {category_id: number for number, category_id in enumerate(names)}
     shown = [record for record in records if record.image_id in run.covered and record.path is not None][:PICTURES]
     ids = pl.Series([record.image_id for record in shown], dtype=pl.Int64)

@@ -30,10 +30,12 @@ from parkdet.runtime.run_folder import next_run_folder
 from parkdet.runtime.shards import write_atomically
 from parkdet.runtime.split import split_ids
 from parkdet.runtime.store import (
+    IMAGES_FILE,
     Fingerprint,
     RunStore,
     changed_files,
     fingerprint_differences,
+    image_list_digest,
     read_fingerprint,
     recorded_file_bytes,
 )
@@ -228,9 +230,6 @@ def _nms_settings(options: InferOptions, spec: ModelSpec) -> NmsSettings:
 
 def fingerprint_of(plans: Sequence[Plan], settings: PipelineSettings, items: list[ImageItem]) -> Fingerprint:
     """What must be equal for two runs to be one: model, settings, image list."""
-    images = hashlib.sha256()
-    for item in items:
-        images.update(f"{item.image_id}\0{item.file_name}\n".encode("utf-8", "surrogatepass"))
     nms, backend = settings.nms, plans[0].backend
     several = {}
     if len(plans) > 1:
@@ -248,7 +247,7 @@ def fingerprint_of(plans: Sequence[Plan], settings: PipelineSettings, items: lis
         "agnostic": nms.agnostic,
         "keep_candidates": settings.keep_candidates,
         **several,
-        "image_list": images.hexdigest(),
+        "image_list": image_list_digest((item.image_id, item.file_name) for item in items),
         "images": len(items),
     }
 
@@ -333,4 +332,4 @@ def _write_image_list(folder: Path, items: list[ImageItem]) -> None:
     images = [{"id": item.image_id, "file_name": item.file_name} for item in items]
     text = json.dumps({"images": images}, ensure_ascii=False, indent=1)
     # A byte of a name that is no UTF-8 becomes JSON's \udcXX.
-    write_atomically(folder / "images.json", (text + "\n").encode("utf-8", "backslashreplace"))
+    write_atomically(folder / IMAGES_FILE, (text + "\n").encode("utf-8", "backslashreplace"))

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +42,17 @@ RUN_FILE = "run.json"
 
 Fingerprint = Mapping[str, str | int | float | bool]
 """Model, settings and image list of a run. Keys are the words that a message about a difference uses."""
+
+IMAGES_FILE = "images.json"
+"""In the folder of a run over a plain folder of images: the ids that it gave them."""
+
+
+def image_list_digest(images: Iterable[tuple[int, str]]) -> str:
+    """SHA-256 of an image list, ids and file names in its order: a fingerprint's `image_list`."""
+    total = hashlib.sha256()
+    for image_id, file_name in images:
+        total.update(f"{image_id}\0{file_name}\n".encode("utf-8", "surrogatepass"))
+    return total.hexdigest()
 
 
 @dataclass(slots=True)

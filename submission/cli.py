@@ -160,6 +160,7 @@ def _write(asked: _Asked, contest: ContestData, expected: Expected) -> None:
     from parkdet.submission.lines import SubmissionFormat
     from parkdet.submission.runs import PredictionRun
     from parkdet.submission.summary import summary
+    from parkdet.submission.truth import require_test_run
     from parkdet.submission.tune import parse_metric
     from parkdet.submission.write import require_writable, write_submission
 
@@ -167,6 +168,7 @@ def _write(asked: _Asked, contest: ContestData, expected: Expected) -> None:
     form = SubmissionFormat(keys=expected.keys, bbox_decimals=asked.bbox_decimals, score_decimals=asked.score_decimals)
     runs = [PredictionRun.open(run) for run in asked.predictions]
     for run in runs:
+        require_test_run(run, expected.file_names, contest)
         _warn_of_unread(run.require_complete(expected.file_names), len(expected.file_names))
     composition = Composition(
         runs=runs,

@@ -100,6 +100,12 @@ def _require_pairs(asked: Composition) -> None:
 def _validation(asked: Composition, data: ContestData) -> tuple[Validation, Callable[[NmsChoice | None], pl.DataFrame]]:
     """The validation images with the runs' detections, and those with NMS repeated."""
     runs = asked.tune_runs
+    for run in runs:
+        if run.is_over_a_folder:
+            raise UsageError(
+                f"--tune {run.folder}: is over a folder, whose images have no truth in {data.train_json}; "
+                "name a run of 'parkdet infer --split val'"
+            )
     truth = truth_of(data, runs[0].covered, f"--tune {runs[0].folder}")
 
     def table_of(nms: NmsChoice | None) -> pl.DataFrame:

@@ -14,7 +14,7 @@ from parkdet.runtime.candidates import CANDIDATES_FOLDER, ImageCandidates, read_
 from parkdet.runtime.errors import ArtifactError, UsageError
 from parkdet.runtime.geometry import xyxy_to_xywh
 from parkdet.runtime.shards import Shard, read_table, shard_paths
-from parkdet.runtime.store import read_fingerprint, sound_shards
+from parkdet.runtime.store import IMAGES_FILE, read_fingerprint, sound_shards
 
 _DECIDE_SCORES = ("model", "precision", "imgsz", "tta", "conf", "iou", "max_det", "multi_label", "agnostic")
 """What must be equal for the scores of one run to say something about those of another."""
@@ -45,6 +45,11 @@ class PredictionRun:
         if not folder.is_dir():
             raise UsageError(f"{folder}: no such folder; name the run folder of 'parkdet infer'")
         return cls(folder, tuple(sound_shards(folder)), read_fingerprint(folder) or {})
+
+    @property
+    def is_over_a_folder(self) -> bool:
+        """Whether it is one of `parkdet infer --source`: its image ids are its own, not a data set's."""
+        return (self.folder / IMAGES_FILE).exists()
 
     @property
     def covered(self) -> set[int]:

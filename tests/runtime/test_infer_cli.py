@@ -292,21 +292,21 @@ from parkdet.runtime import pipeline
 from parkdet.runtime.backends.openvino import OpenVinoBackend
 fast = OpenVinoBackend._run
 def slow(self, images):
-    time.sleep(0.02)
+    time.sleep(float(sys.argv[1]))
     return fast(self, images)
 OpenVinoBackend._run = slow
 PipelineSettings = pipeline.PipelineSettings
 import parkdet.runtime.inference as inference
 inference.PipelineSettings = lambda **settings: PipelineSettings(**settings, shard_images=3)
 from parkdet.cli.main import main
-sys.exit(main(sys.argv[1:]))
+sys.exit(main(sys.argv[2:]))
 """
-"""`parkdet` with a model that takes its time, and shards of three images: many moments to be killed at."""
+"""`parkdet` with a model that takes so many seconds for an image, and shards of three images: many moments to be killed at."""
 
 
-def _start(*arguments: str | Path) -> subprocess.Popen[str]:
+def _start(*arguments: str | Path, image_s: float = 0.02) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", SLOW_RUN, *map(str, arguments)],
+        [sys.executable, "-c", SLOW_RUN, str(image_s), *map(str, arguments)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -341,7 +341,8 @@ def test_kills_at_random_moments_change_nothing_in_the_end(
 def test_a_stop_saves_the_work_and_exits_130(
     infer: RunCli, data: Path, tmp_path: Path, tiny_onnx: Path, stop: signal.Signals
 ) -> None:
-    process = _start("infer", "--weights", tiny_onnx, "--data", data, "--project", tmp_path / "runs")
+    # Slow enough that a signal after the first shard comes before the last one, however busy the machine is.
+    process = _start("infer", "--weights", tiny_onnx, "--data", data, "--project", tmp_path / "runs", image_s=0.5)
     predictions = tmp_path / "runs/exp/predictions"
     while not list(predictions.glob("part-*")) and process.poll() is None:
         time.sleep(0.005)
