@@ -301,7 +301,7 @@ inference.PipelineSettings = lambda **settings: PipelineSettings(**settings, sha
 from parkdet.cli.main import main
 sys.exit(main(sys.argv[2:]))
 """
-"""`parkdet` with a model that takes so many seconds for an image, and shards of three images: many moments to be killed at."""
+"""`parkdet` with a model that takes so many seconds for an image, and shards of three: many moments to be killed at."""
 
 
 def _start(*arguments: str | Path, image_s: float = 0.02) -> subprocess.Popen[str]:
